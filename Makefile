@@ -1,0 +1,79 @@
+# `make` lists the targets. Only Python >= 3.11, git and make are needed; .venv/ is built from requirements.lock.
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  := 2.13.0
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+CORES  := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+# A chapter takes one core and about 1 GB: as many workers as cores, four at most.
+WORKERS ?= $(shell [ $(CORES) -lt 4 ] && echo $(CORES) || echo 4)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo demo-long test check lab docs lock address clean
+
+# Data sets that are made or downloaded stay inside the checkout.
+export MINARI_DATASETS_PATH ?= $(CURDIR)/data/minari
+# Draw MuJoCo frames without a display where the system can.
+ifneq ($(shell ldconfig -p 2>/dev/null | grep -c 'libEGL\.so'),0)
+export MUJOCO_GL ?= egl
+endif
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(READY) ## train BDPO on a maze from scratch and show what it learned (no GPU needed)
+	$(BIN)/bdpo demo
+
+demo-long: $(READY) ## the same with a longer training run
+	$(BIN)/bdpo demo --preset long
+
+# Chapters run side by side, one thread each; pytest runs even if a chapter fails, so that one run shows everything.
+test: export OMP_NUM_THREADS = 1
+test: check ## execute every chapter and run the tests
+	@chapters=0; $(BIN)/nbdev-test --n_workers $(WORKERS) --timing --do_print || chapters=1; \
+	$(BIN)/pytest --durations=10 && exit $$chapters
+
+check: $(READY) ## package in step with the chapters, notebooks clean, ruff (quick)
+	$(BIN)/ruff check bdpo_lit tests
+	$(BIN)/pytest -q tests/test_chapters.py
+
+lab: $(READY) ## open the chapters in JupyterLab
+	$(BIN)/jupyter lab nbs
+
+docs: $(READY) ## build the site into _docs/ (needs Quarto)
+	@command -v quarto >/dev/null || { echo "The site is built by Quarto, which is not installed: get it from https://quarto.org/docs/get-started/ and run make docs again."; exit 1; }
+	$(BIN)/nbdev-docs
+
+lock: ## resolve the dependencies anew in a fresh environment and write requirements.lock
+	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && \
+	$(PYTHON) -m venv "$$tmp" && \
+	"$$tmp"/bin/pip install -qq torch==$(TORCH) && \
+	"$$tmp"/bin/pip install -qq -e '.[dev]' && "$$tmp"/bin/pip check && \
+	{ echo "# The tested environment, written by \`make lock\` (torch $(TORCH) first, then the project with its dev extra,"; \
+	  echo "# in a fresh virtual environment; CUDA packages are left out, torch asks for those it needs). Use:"; \
+	  echo "#   pip install -r requirements.lock && pip install --no-deps -e ."; \
+	  "$$tmp"/bin/pip freeze --all --exclude-editable --exclude pip --exclude bdpo_lit \
+	  | sed -E 's/\+[a-z0-9.]+$$//' | grep -vE '^(nvidia-|cuda-|triton)' | LC_ALL=C sort -f; } > requirements.lock
+	@echo "requirements.lock: $$(grep -vc '^#' requirements.lock) packages"
+
+address: $(READY) ## change the repository's address everywhere: make address URL=https://github.com/user/repo
+	@echo '$(URL)' | grep -qE '^https://github\.com/[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$$' || { echo "usage: make address URL=https://github.com/user/repo"; exit 2; }
+	@old=$$(sed -nE 's#^Repository = "https://github.com/([^"]+)".*#\1#p' pyproject.toml); \
+	new='$(URL)'; new=$${new#https://github.com/}; \
+	git grep -lF "$$old" | while read -r f; do sed -i.bak "s#$$old#$$new#g" "$$f" && rm "$$f.bak"; done; \
+	sed -i.bak -e "s#^user = .*#user = $${new%/*}#" -e "s#^repo = .*#repo = $${new#*/}#" settings.ini && rm settings.ini.bak; \
+	$(BIN)/nbdev-export && git diff --stat
+
+clean: ## remove what can be made again: builds, caches, the generated site (not .venv/, data/, runs/)
+	rm -rf build dist *.egg-info _proc _docs nbs/nbdev.yml .quarto .ruff_cache .hypothesis .pytest_cache
+	find bdpo_lit tests nbs -name __pycache__ -o -name .ipynb_checkpoints -o -name .pytest_cache | xargs rm -rf
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "Python 3.11 or newer is needed, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1); name another one: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "'$(PYTHON)' cannot make virtual environments (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	@echo "Preparing $(VENV)/ (once; about 1.5 GB)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -qq -r requirements.lock
+	$(BIN)/pip install -qq --no-deps --no-build-isolation -e .
+	@touch $@
