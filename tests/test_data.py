@@ -1,0 +1,347 @@
+"""Offline data: what both formats keep, and what each kind of bad file says."""
+
+import re
+import socket
+import warnings
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import pytest
+import torch
+from minari.data_collector import EpisodeBuffer
+
+from bdpo_lit.data import (
+    ACTION_MARGIN,
+    DataError,
+    Transitions,
+    episode_returns,
+    load,
+    load_hdf5,
+    load_minari,
+    scale_reward,
+    summary,
+)
+
+OBS = gym.spaces.Box(-100, 100, (3,))
+ACT = gym.spaces.Box(-1, 1, (2,))
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    return tmp_path
+
+
+def episode(T, terminal, rng, **changes):
+    last = np.arange(T) == T - 1
+    fields = dict(
+        observations=rng.normal(size=(T + 1, 3)).astype(np.float32),
+        actions=rng.uniform(-1, 1, (T, 2)).astype(np.float32),
+        rewards=rng.normal(size=T),
+        terminations=last & terminal,
+        truncations=last & (not terminal),
+    )
+    return EpisodeBuffer(**{**fields, **changes})
+
+
+def episodes(seed=0):
+    rng = np.random.default_rng(seed)
+    return [episode(T, terminal, rng) for T, terminal in ((5, False), (3, True), (1, True), (1, False), (6, False))]
+
+
+def write_minari(name, buffers, obs=OBS, act=ACT, **kw):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return minari.create_dataset_from_buffers(name, buffers, observation_space=obs, action_space=act, **kw)
+
+
+def write_hdf5(path, buffers, **changes):
+    column = {
+        "observations": np.concatenate([e.observations[:-1] for e in buffers]),
+        "actions": np.concatenate([e.actions for e in buffers]),
+        "rewards": np.concatenate([e.rewards for e in buffers]),
+        "terminals": np.concatenate([e.terminations for e in buffers]),
+        "timeouts": np.concatenate([e.truncations for e in buffers]),
+        **changes,
+    }
+    with h5py.File(path, "w") as f:
+        for key, value in column.items():
+            if value is not None:
+                f[key] = value
+    return path
+
+
+def test_minari_keeps_every_transition_with_its_own_successor():
+    buffers = episodes()
+    write_minari("toy/all-v0", buffers)
+    data, i = load_minari("toy/all-v0"), 0
+    for k, e in enumerate(buffers):
+        for t in range(len(e.rewards)):
+            np.testing.assert_array_equal(data.obs[i], e.observations[t])
+            np.testing.assert_array_equal(data.next_obs[i], e.observations[t + 1])
+            np.testing.assert_allclose(data.action[i], np.clip(e.actions[t], -ACTION_MARGIN, ACTION_MARGIN), atol=1e-7)
+            assert data.reward[i] == np.float32(e.rewards[t])
+            assert data.terminal[i] == float(e.terminations[t]) and data.episode[i] == k
+            i += 1
+    assert i == len(data)
+    for name in ("obs", "action", "reward", "next_obs", "terminal"):
+        assert getattr(data, name).dtype == torch.float32 and getattr(data, name).is_contiguous()
+
+
+def test_hdf5_drops_exactly_the_rows_without_successor(root):
+    buffers = episodes()
+    data, i = load_hdf5(write_hdf5(root / "d.hdf5", buffers)), 0
+    for k, e in enumerate(buffers):
+        for t in range(len(e.rewards)):
+            if e.truncations[t]:
+                continue
+            np.testing.assert_array_equal(data.obs[i], e.observations[t])
+            assert data.terminal[i] == float(e.terminations[t]) and data.episode[i] == k
+            if not e.terminations[t]:
+                np.testing.assert_array_equal(data.next_obs[i], e.observations[t + 1])
+            i += 1
+    assert i == len(data)
+
+
+def test_hdf5_counts_steps_when_timeouts_are_missing(root):
+    rng = np.random.default_rng(1)
+    buffers = [episode(T, end, rng) for T, end in ((4, False), (4, True), (2, True), (4, False), (3, False))]
+    recorded = load_hdf5(write_hdf5(root / "a.hdf5", buffers))
+    counted = load_hdf5(write_hdf5(root / "b.hdf5", buffers, timeouts=None), max_episode_steps=4)
+    for name in ("obs", "next_obs", "episode", "terminal"):
+        assert torch.equal(getattr(recorded, name), getattr(counted, name)), name
+
+
+def test_hdf5_unfinished_last_row_is_dropped_but_a_terminal_one_is_kept(root):
+    rng = np.random.default_rng(2)
+    cut = [episode(4, False, rng, truncations=np.zeros(4, bool))]
+    assert len(load_hdf5(write_hdf5(root / "a.hdf5", cut))) == 3
+    assert len(load_hdf5(write_hdf5(root / "b.hdf5", [episode(4, True, rng)]))) == 4
+
+
+def test_hdf5_next_observations_keep_timeouts(root):
+    buffers = episodes()
+    following = np.concatenate([e.observations[1:] for e in buffers])
+    data = load_hdf5(write_hdf5(root / "d.hdf5", buffers, next_observations=following), use_next_observations=True)
+    np.testing.assert_array_equal(data.next_obs, following)
+
+
+def test_column_vectors_are_read_as_scalars(root):
+    buffers = episodes()
+    columns = dict(rewards=np.concatenate([e.rewards for e in buffers])[:, None])
+    data = load_hdf5(write_hdf5(root / "d.hdf5", buffers, **columns))
+    assert data.reward.ndim == 1
+
+
+def test_dict_observations_are_joined_alphabetically(root):
+    space = gym.spaces.Dict(observation=gym.spaces.Box(-9, 9, (3,)), achieved_goal=gym.spaces.Box(-9, 9, (2,)))
+    rng = np.random.default_rng(0)
+    parts = {k: rng.normal(size=(5, *s.shape)).astype(np.float32) for k, s in space.spaces.items()}
+    write_minari("toy/dict-v0", [episode(4, False, rng, observations=parts)], obs=space)
+    data = load_minari("toy/dict-v0")
+    for t in range(4):
+        expected = np.concatenate([parts["achieved_goal"][t], parts["observation"][t]])
+        np.testing.assert_array_equal(data.obs[t], expected)
+
+
+def test_load_dispatches(root):
+    write_minari("toy/x-v0", episodes())
+    assert len(load("toy/x-v0")) == 16
+    assert len(load(write_hdf5(root / "x.hdf5", episodes()))) == 13
+
+
+def test_sample_is_uniform_seeded_and_keeps_rows_together():
+    T = 50
+    x = torch.arange(float(T))[:, None]
+    data = Transitions(x, x / 100, x[:, 0], x + 1, torch.zeros(T), torch.zeros(T, dtype=torch.int64))
+    batch = data.sample(100_000, torch.Generator().manual_seed(0))
+    assert torch.equal(batch.next_obs, batch.obs + 1) and torch.equal(batch.reward, batch.obs[:, 0])
+    count = torch.bincount(batch.reward.long(), minlength=T)
+    assert (count - 2000).abs().max() < 5 * 2000**0.5
+    again = data.sample(100_000, torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True))
+
+
+def test_scale_and_summary(root):
+    data = load_hdf5(write_hdf5(root / "d.hdf5", episodes()), id="toy", ref_min_score=1.0)
+    scaled = scale_reward(data, "locomotion")
+    returns = episode_returns(scaled)
+    assert float(returns.max() - returns.min()) == pytest.approx(1000, rel=1e-5)
+    assert torch.equal(scale_reward(data, "antmaze").reward, data.reward * 100)
+    assert data.meta["id"] == "toy" and data.meta["ref_min_score"] == 1.0 and "reward_scale" not in data.meta
+    assert summary(data)["transitions"] == len(data)
+
+
+BAD_HDF5 = {
+    "missing": (lambda p: p / "none.hdf5", {}, "none.hdf5: no such file"),
+    "empty file": (lambda p: touch(p / "e.hdf5", b""), {}, "not a readable HDF5 file"),
+    "text": (lambda p: touch(p / "e.hdf5", b"hello" * 100), {}, "not a readable HDF5 file"),
+    "truncated": (lambda p: truncated(p), {}, "may be truncated"),
+    "no rewards": (dict(rewards=None), {}, "lacks rewards; found .*observations"),
+    "nan": (dict(rewards=np.r_[np.zeros(3), np.nan, np.zeros(12)]), {}, "'rewards' has 1 rows with NaN.*index 3"),
+    "inf": (dict(observations=np.r_[np.zeros((15, 3)), np.full((1, 3), np.inf)]), {}, "'observations'.*index 15"),
+    "overflow": (dict(rewards=np.full(16, 1e300)), {}, "'reward' has .* infinite"),
+    "lengths": (dict(terminals=np.zeros(5, bool)), {}, "lengths differ.*'terminals': 5"),
+    "scalar": (dict(terminals=np.float32(0)), {}, "lengths differ"),
+    "text values": (dict(actions=np.full((16, 2), b"a")), {}, "'actions' has dtype"),
+    "outside": (dict(actions=np.full((16, 2), 1.5)), {}, "16 actions lie outside the bounds .*clip_outside"),
+    "discrete": (dict(actions=np.zeros(16, int)), {}, "discrete actions are not supported"),
+    "images": (dict(observations=np.zeros((16, 4, 4, 3), np.uint8)), {}, "images"),
+    "no time-outs": (dict(timeouts=None), {}, "pass max_episode_steps"),
+    "no successors": (dict(timeouts=np.ones(16, bool), terminals=np.zeros(16, bool)), {}, "found 0 usable transitions"),
+    "bounds": ({}, dict(action_low=1.0, action_high=-1.0), "lower below upper"),
+    "next": ({}, dict(use_next_observations=True), "lacks next_observations"),
+}
+
+
+def touch(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def truncated(p):
+    content = write_hdf5(p / "full.hdf5", episodes()).read_bytes()
+    return touch(p / "cut.hdf5", content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("case", BAD_HDF5)
+def test_bad_hdf5(case, root):
+    make, kwargs, message = BAD_HDF5[case]
+    path = make(root) if callable(make) else write_hdf5(root / "bad.hdf5", episodes(), **make)
+    with pytest.raises(DataError, match=f"(?s){message}") as error:
+        load_hdf5(path, **kwargs)
+    assert path.name in str(error.value) and error.value.__cause__ is None
+
+
+def test_outside_actions_can_be_clipped(root):
+    path = write_hdf5(root / "d.hdf5", episodes(), actions=np.full((16, 2), 1.5))
+    assert load_hdf5(path, clip_outside=True).action.max() < 1
+
+
+def edit(name, change):
+    path = minari.storage.get_dataset_path(name) / "data" / "main_data.hdf5"
+    with h5py.File(path, "a") as f:
+        change(f)
+
+
+def replace_array(group, key, value):
+    del group[key]
+    group[key] = value
+
+
+BAD_MINARI = {
+    "nan": (lambda f: f["episode_1/rewards"].__setitem__(2, np.nan),
+            "'rewards of episode 1' has 1 rows with NaN.*index 2"),
+    "lengths": (lambda f: replace_array(f["episode_0"], "rewards", np.zeros(4)),
+                "episode 0 has lengths .*'rewards': 4"),
+    "no extra observation": (
+        lambda f: replace_array(f["episode_0"], "observations", np.zeros((5, 3))), "one observation more"),
+    "key": (lambda f: f["episode_2"].__delitem__("actions"), "are damaged"),
+    "width": (lambda f: replace_array(f["episode_4"], "observations", np.zeros((7, 4))), "episodes differ in shape"),
+    "text": (lambda f: replace_array(f["episode_0"], "rewards", np.full(5, b"x")), "'rewards of episode 0' has dtype"),
+    "outside": (lambda f: f["episode_0/actions"].__setitem__(0, 7.0), "1 actions lie outside"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MINARI)
+def test_bad_minari_content(case):
+    change, message = BAD_MINARI[case]
+    write_minari("toy/bad-v0", episodes())
+    edit("toy/bad-v0", change)
+    with pytest.raises(DataError, match=f"(?s)'toy/bad-v0'.*{message}"):
+        load_minari("toy/bad-v0")
+
+
+def test_truncated_minari_file():
+    write_minari("toy/cut-v0", episodes())
+    path = minari.storage.get_dataset_path("toy/cut-v0") / "data" / "main_data.hdf5"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(DataError, match="damaged"):
+        load_minari("toy/cut-v0")
+
+
+@pytest.mark.parametrize("lost", ["metadata.json", "main_data.hdf5"])
+def test_half_written_minari_folder(lost):
+    write_minari("toy/half-v0", episodes())
+    (minari.storage.get_dataset_path("toy/half-v0") / "data" / lost).unlink()
+    with pytest.raises(DataError, match="incomplete or damaged.*delete that folder"):
+        load_minari("toy/half-v0")
+
+
+SPACES = {
+    "images": (gym.spaces.Box(0, 255, (4, 4, 3), np.uint8), ACT, "not images"),
+    "discrete observations": (gym.spaces.Discrete(3), ACT, "observation space is Discrete"),
+    "discrete actions": (OBS, gym.spaces.Discrete(3), "action space is Discrete"),
+    "unbounded actions": (OBS, gym.spaces.Box(-np.inf, np.inf, (2,)), "must be finite"),
+    "nested images": (gym.spaces.Dict(a=OBS, b=gym.spaces.Box(0, 1, (2, 2))), ACT, r"\['b'\]"),
+}
+
+
+@pytest.mark.parametrize("case", SPACES)
+def test_unsupported_spaces(case):
+    obs, act, message = SPACES[case]
+    T = 3
+
+    def draw(space, n):
+        if isinstance(space, gym.spaces.Dict):
+            return {k: draw(s, n) for k, s in space.spaces.items()}
+        return np.array([space.sample() for _ in range(n)])
+
+    stop = np.arange(T) == T - 1
+    buffer = EpisodeBuffer(observations=draw(obs, T + 1), actions=draw(act, T), rewards=np.zeros(T),
+                           terminations=np.zeros(T, bool), truncations=stop)
+    write_minari("toy/space-v0", [buffer], obs=obs, act=act)
+    with pytest.raises(DataError, match=message):
+        load_minari("toy/space-v0")
+
+
+def test_too_few_transitions():
+    rng = np.random.default_rng(0)
+    write_minari("toy/one-v0", [episode(1, True, rng)])
+    with pytest.raises(DataError, match="found 1 usable transitions; at least 2"):
+        load_minari("toy/one-v0")
+
+
+def test_unknown_id_lists_local_sets_and_close_matches():
+    write_minari("toy/hopper-v0", episodes())
+    write_minari("other/set-v0", episodes())
+    with pytest.raises(DataError) as error:
+        load_minari("toy/hoper-v0")
+    text = str(error.value)
+    assert "did you mean: toy/hopper-v0" in text and "other/set-v0" in text and "download=True" in text
+
+
+def test_download_without_network_is_one_clear_message(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(minari, "load_dataset", lambda *a, **k: refuse())  # spare the retries
+    with pytest.raises(DataError, match="could not be downloaded .*check the id and the network") as error:
+        load_minari("D4RL/antmaze/umaze-v1", download=True)
+    assert error.value.__cause__ is None and error.value.__suppress_context__
+    assert len(re.findall("\n", str(error.value))) == 0
+
+
+def test_download_without_its_package_names_it(monkeypatch):
+    def lacking(*args, **kwargs):
+        raise ImportError('please install "minari[hf]"')
+
+    monkeypatch.setattr(minari, "load_dataset", lacking)
+    with pytest.raises(DataError, match=r"minari\[hf\]"):
+        load_minari("D4RL/antmaze/umaze-v1", download=True)
+
+
+def test_malformed_id(monkeypatch):
+    with pytest.raises(DataError, match="hopper"):
+        load_minari("hopper")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_sampling_stays_on_the_gpu():
+    x = torch.arange(8.0)[:, None]
+    data = Transitions(x, x / 10, x[:, 0], x + 1, torch.zeros(8), torch.zeros(8, dtype=torch.int64)).to("cuda")
+    batch = data.sample(4, torch.Generator("cuda").manual_seed(0))
+    assert all(t.device.type == "cuda" for t in batch)
