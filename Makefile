@@ -28,13 +28,15 @@ demo: $(READY) ## train BDPO on a maze from scratch and show what it learned (no
 demo-long: $(READY) ## the same with a longer training run
 	$(BIN)/bdpo demo --preset long
 
-# Chapters run side by side, one thread each; pytest runs even if a chapter fails, so that one run shows everything.
+# Chapters run side by side, one thread each. Everything runs even if something fails, so that one run shows it all.
 test: export OMP_NUM_THREADS = 1
-test: check ## execute every chapter and run the tests
-	@chapters=0; $(BIN)/nbdev-test --n_workers $(WORKERS) --timing --do_print || chapters=1; \
-	$(BIN)/pytest --durations=10 && exit $$chapters
+test: $(READY) ## execute every chapter and run the tests
+	@failed=; $(BIN)/ruff check bdpo_lit tests || failed="$$failed ruff"; \
+	$(BIN)/nbdev-test --n-workers $(WORKERS) --timing || failed="$$failed chapters"; \
+	$(BIN)/pytest --durations=10 || failed="$$failed pytest"; \
+	[ -z "$$failed" ] || { echo "Failed:$$failed"; exit 1; }
 
-check: $(READY) ## package in step with the chapters, notebooks clean, ruff (quick)
+check: $(READY) ## package in step with the chapters, notebooks clean, links, ruff (seconds)
 	$(BIN)/ruff check bdpo_lit tests
 	$(BIN)/pytest -q tests/test_chapters.py
 
