@@ -68,7 +68,7 @@ class EnsembleMLP(nn.Module):
         self.norms = nn.ModuleList(EnsembleLayerNorm(o, num_members) if layer_norm else nn.Identity() for o in hidden)
         self.head = EnsembleLinear(widths[-1], out_dim, num_members)
 
-    def forward(self, *inputs: Float[Tensor, "k *#B d"],  # one per entry of `in_dims`; k is K or 1
+    def forward(self, *inputs: Float[Tensor, "_ *#B _"],  # one per entry of `in_dims`; k is K or 1
                ) -> Float[Tensor, "K *B out"]:
         "Values of all members."
         first = self.layers[0]
