@@ -211,10 +211,10 @@ def act(self: BDPO, obs: Float[Tensor, "B S"],   # states
        ) -> Float[Tensor, "B A"]:
     "Actions in [-clip, clip] from the slow copy of a policy."
     if how not in ("best", "sample", "softmax"): raise ValueError(f"how must be 'best', 'sample' or 'softmax', got {how!r}")
-    c, net, s = self.config, getattr(self, learner).target, obs.unsqueeze(1)
+    c, eps = self.config, getattr(self, learner).target.at(obs.unsqueeze(1))
     M = 1 if how == "sample" else num_actions
     x_N = torch.randn(len(obs), M, self.action_dim, generator=generator, device=self.device)
-    *_, (_, _, _, actions) = reverse_path(lambda x, n: net(s, x, n), x_N, self.sched, c.solver, c.clip, generator=generator)
+    *_, (_, _, _, actions) = reverse_path(eps, x_N, self.sched, c.solver, c.clip, generator=generator)
     return actions[:, 0] if M == 1 else self.choose(obs, actions, how, temperature, generator)
 
 @patch

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from .diffusion import Schedule, reverse_mean, reverse_path
-from .networks import NoiseNet, QNet, VNet
+from .networks import NoiseNet, QNet, VNet, eps_at
 from .path_kl import step_kl
 
 # %% ../nbs/08_critics.ipynb #08-003
@@ -33,9 +33,13 @@ def rollout(actor: NoiseNet,              # whose path
             generator: torch.Generator | None = None,       # source of the step noise
            ) -> tuple[Float[Tensor, "B M A"], Float[Tensor, "B M"]]:
     "Actions a^0 and the price of their paths, sum_n l_n(a^n): the sampled part of Eq. (13)."
-    obs, penalty = obs.unsqueeze(1), 0.0
-    for n, x, eps, prev in reverse_path(lambda x, n: actor(obs, x, n), x_N, sched, solver, clip, noise, generator):
-        penalty = penalty + step_kl(eps, behavior(obs, x, n), n, sched)
+    both, penalty = eps_at((actor, behavior), obs.unsqueeze(1)), 0.0
+    charge = {}
+    def eps_actor(x, n):
+        charge["eps"] = both(x, n)
+        return charge["eps"][0]
+    for n, _, _, prev in reverse_path(eps_actor, x_N, sched, solver, clip, noise, generator):
+        penalty = penalty + step_kl(*charge["eps"], n, sched)
     return prev, penalty
 
 # %% ../nbs/08_critics.ipynb #08-005
