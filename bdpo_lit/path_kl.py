@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from .diffusion import Schedule, reverse_path
+from .soft_rl import kl
 
 # %% ../nbs/03_path_kl.ipynb #03-007
 def markov_path_kl(start_p: Float[Tensor, "S"],          # distribution of x_N under p
@@ -19,7 +20,6 @@ def markov_path_kl(start_p: Float[Tensor, "S"],          # distribution of x_N u
                    kernels_q: Float[Tensor, "N1 S S"],   # the same for q
                   ) -> Float[Tensor, "N1"]:              # entry n: E l_n; entry 0: KL of the starts; nats
     "The terms of the path KL of two Markov chains on finitely many states, by matrix products: Eq. (11)."
-    def kl(p, q): return torch.where(p > 0, p * (p / q).log(), 0.).sum(-1)
     terms, p = torch.empty(len(kernels_p), dtype=start_p.dtype), start_p
     terms[0] = kl(start_p, start_q)
     for n in range(len(kernels_p) - 1, 0, -1):
@@ -30,7 +30,7 @@ def markov_path_kl(start_p: Float[Tensor, "S"],          # distribution of x_N u
 # %% ../nbs/03_path_kl.ipynb #03-014
 def step_kl_from_means(mean_actor: Float[Tensor, "*B A"],     # mean of the actor's reverse step
                        mean_behavior: Float[Tensor, "*B A"],  # mean of the behaviour policy's reverse step
-                       var: Float[Tensor, "*B"],              # variance of both, per coordinate (beta_n in BDPO)
+                       var: Float[Tensor, "*#B"],             # variance of both, per coordinate (beta_n in BDPO)
                       ) -> Float[Tensor, "*B"]:               # nats
     "KL between two Gaussian steps of equal variance: Eq. (17)."
     return (mean_actor - mean_behavior).square().sum(-1) / (2 * var)
