@@ -31,13 +31,13 @@ demo-long: $(READY) ## the same with a longer training run
 # Chapters run side by side, one thread each. Everything runs even if something fails, so that one run shows it all.
 test: export OMP_NUM_THREADS = 1
 test: $(READY) ## execute every chapter and run the tests
-	@failed=; $(BIN)/ruff check bdpo_lit tests || failed="$$failed ruff"; \
+	@failed=; $(BIN)/ruff check -q --output-format concise bdpo_lit tests || failed="$$failed ruff"; \
 	$(BIN)/nbdev-test --n-workers $(WORKERS) --timing || failed="$$failed chapters"; \
 	$(BIN)/pytest --durations=10 || failed="$$failed pytest"; \
 	[ -z "$$failed" ] || { echo "Failed:$$failed"; exit 1; }
 
 check: $(READY) ## package in step with the chapters, notebooks clean, links, ruff (seconds)
-	$(BIN)/ruff check bdpo_lit tests
+	$(BIN)/ruff check -q --output-format concise bdpo_lit tests
 	$(BIN)/pytest -q tests/test_chapters.py
 
 lab: $(READY) ## open the chapters in JupyterLab
@@ -71,10 +71,10 @@ clean: ## remove what can be made again: builds, caches, the generated site (not
 	rm -rf build dist *.egg-info _proc _docs nbs/nbdev.yml .quarto .ruff_cache .hypothesis .pytest_cache
 	find bdpo_lit tests nbs -name __pycache__ -o -name .ipynb_checkpoints -o -name .pytest_cache | xargs rm -rf
 
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock pyproject.toml bdpo_lit/__init__.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "Python 3.11 or newer is needed, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1); name another one: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "'$(PYTHON)' cannot make virtual environments (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
-	@echo "Preparing $(VENV)/ (once; about 1.5 GB)"
+	@echo "Preparing $(VENV)/ from requirements.lock (once: a few minutes and 1.5 GB, more where torch comes with CUDA)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -qq -r requirements.lock
 	$(BIN)/pip install -qq --no-deps --no-build-isolation -e .

@@ -102,13 +102,25 @@ def test_install_cell_does_nothing_outside_colab(tmp_path, run):
 
 
 @by_name
-def test_code_layout(path):
+def test_line_length(path):
+    lines = [line for cell in code(path) for line in cell.source.splitlines() if not line.startswith("#|")]
+    assert not (long := [line for line in lines if len(line) > 120]), f"{len(long)} lines over 120 characters: {long}"
+
+
+@by_name
+def test_imports_have_their_own_cells(path):
     for cell in code(path):
-        long = [line for line in cell.source.splitlines() if len(line) > 120 and not line.startswith("#|")]
-        assert not long, f"lines over 120 characters: {long}"
         if not (body := parse(cell)): continue
         imports = [isinstance(s, ast.Import | ast.ImportFrom) for s in body]
         assert all(imports) or not any(imports), f"imports have a cell of their own: {cell.source[:80]}"
+
+
+@by_name
+def test_leaves_no_trace(path):
+    "nbdev-test runs several chapters in one process: a global default would reach the next one."
+    for cell in code(path):
+        leaks = re.findall(r"\bset_(?:default_dtype|default_device|default_tensor_type|grad_enabled)\b", cell.source)
+        assert not leaks, f"{leaks} outlives the chapter; give dtype= and device= where tensors are made"
 
 
 def parse(cell): return ast.parse(re.sub(r"^\s*[!%].*$", "pass", cell.source, flags=re.M)).body
