@@ -1,0 +1,215 @@
+"""Playing policies: independence of batching, exact bookkeeping, scores and intervals."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+import bdpo_lit.evaluation as evaluation
+from bdpo_lit.evaluation import (
+    D4RL_REFERENCES,
+    bootstrap_interval,
+    episode_seeds,
+    evaluate,
+    iqm,
+    normalized_score,
+    reference_scores,
+    score_table,
+    vectorize,
+)
+from bdpo_lit.maze import WaypointController, make_maze_env, play, random_policy
+
+
+class Walk(gym.Env):
+    """Random length, random observations, and a reward that depends on the action: catches every mix-up of episodes."""
+
+    action_space = gym.spaces.Box(-1, 1, (1,))
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+
+    def __init__(self, report=True, endless=False):
+        self.report, self.endless = report, endless
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.t = self.np_random.normal(size=2).astype(np.float32), 0
+        self.length = int(self.np_random.integers(1, 15))
+        return self.x.copy(), {}
+
+    def step(self, action):
+        self.t += 1
+        self.x = self.x + self.np_random.normal(size=2).astype(np.float32)
+        end = self.t >= self.length and not self.endless
+        info = {"success": self.t == 3} if self.report else {}
+        return self.x.copy(), float(action[0] + self.x[1]), end and self.t % 2 == 0, end and self.t % 2 == 1, info
+
+
+def policy(obs):
+    return np.tanh(obs[:, :1])
+
+
+def alone(seed):
+    env = Walk()
+    obs, _ = env.reset(seed=seed)
+    path, total, success, done = [obs], 0.0, False, False
+    while not done:
+        obs, reward, terminated, truncated, info = env.step(policy(obs[None])[0])
+        path.append(obs)
+        total, success, done = total + reward, success or info["success"], terminated or truncated
+    return total, len(path) - 1, float(success), np.array(path)
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 5, 40, None])
+def test_results_do_not_depend_on_batching(num_envs):
+    result = evaluate(policy, Walk, episodes=40, seed=3, num_envs=num_envs, trajectories=True)
+    expected = [alone(s) for s in episode_seeds(3, 40)]
+    np.testing.assert_allclose(result.returns, [e[0] for e in expected], rtol=1e-12)
+    np.testing.assert_array_equal(result.lengths, [e[1] for e in expected])
+    np.testing.assert_array_equal(result.success, [e[2] for e in expected])
+    for got, e in zip(result.trajectories, expected, strict=True):
+        np.testing.assert_array_equal(got, e[3])
+
+
+def test_maze_one_environment_or_many():
+    one = evaluate(WaypointController(), make_maze_env, episodes=5, seed=1, num_envs=1)
+    many = evaluate(WaypointController(), make_maze_env, episodes=5, seed=1, num_envs=3)
+    plain = [play(WaypointController(), make_maze_env(), s)[1] for s in episode_seeds(1, 5)]
+    assert one.returns.tolist() == many.returns.tolist() == plain
+    assert one.success_rate == 1.0 and (one.lengths == 300).all()
+
+
+def test_prebuilt_environments_are_reused_and_left_open():
+    envs = vectorize(Walk, 7)
+    first, second = (evaluate(policy, envs, episodes=12, seed=2) for _ in range(2))
+    fewer = evaluate(policy, envs, episodes=3, seed=2)
+    assert first.returns.tolist() == second.returns.tolist() == evaluate(policy, Walk, 12, 2).returns.tolist()
+    assert fewer.returns.tolist() == first.returns[:3].tolist()
+
+
+def test_seeds_matter_and_do_not_overlap():
+    assert evaluate(policy, Walk, 5, seed=0).returns.tolist() != evaluate(policy, Walk, 5, seed=1).returns.tolist()
+    assert not set(episode_seeds(0, 500)) & set(episode_seeds(1, 500))
+    assert len(set(episode_seeds(0, 500))) == 500
+
+
+def test_environments_that_do_not_report_success():
+    result = evaluate(policy, lambda: Walk(report=False), episodes=3)
+    assert result.success is None and np.isnan(result.success_rate) and result.trajectories is None and len(result) == 3
+
+
+def test_dict_observations_reach_the_policy_as_in_the_data():
+    class Parts(Walk):
+        observation_space = gym.spaces.Dict(z=Walk.observation_space, a=gym.spaces.Box(-9, 9, (1,)))
+
+        def reset(self, **kw):
+            obs, info = super().reset(**kw)
+            return {"z": obs, "a": np.full(1, 7, np.float32)}, info
+
+        def step(self, action):
+            obs, *rest = super().step(action)
+            return {"z": obs, "a": np.full(1, 7, np.float32)}, *rest
+
+    def check(obs):
+        assert obs.shape[1] == 3 and obs.dtype == np.float32 and (obs[:, 0] == 7).all()
+        return policy(obs[:, 1:])
+
+    result = evaluate(check, Parts, 6, seed=4, trajectories=True)
+    np.testing.assert_allclose(result.returns, evaluate(policy, Walk, 6, seed=4).returns)
+    assert result.trajectories[0].shape[1] == 3
+
+
+def test_actions_are_clipped_to_their_bounds():
+    wild = evaluate(lambda o: np.full((len(o), 1), 50.0), Walk, 4)
+    tame = evaluate(lambda o: np.full((len(o), 1), 1.0), Walk, 4)
+    assert wild.returns.tolist() == tame.returns.tolist()
+
+
+@pytest.mark.parametrize("bad, message", [
+    (lambda o: np.full((len(o), 1), np.inf), "NaN or infinite"),
+    (lambda o: np.zeros(len(o)), "expected"),
+    (lambda o: np.zeros((len(o), 2)), "expected"),
+])
+def test_bad_actions(bad, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(bad, Walk, 2)
+
+
+def test_unsupported_settings(monkeypatch):
+    class Buttons(Walk):
+        action_space = gym.spaces.Discrete(2)
+
+    with pytest.raises(ValueError, match="only Box"):
+        evaluate(policy, Buttons, 2)
+    with pytest.raises(ValueError, match="at least 1"):
+        evaluate(policy, Walk, 0)
+    monkeypatch.setattr(evaluation, "MAX_STEPS", 50)
+    with pytest.raises(ValueError, match="time limit"):
+        evaluate(policy, lambda: Walk(endless=True), 2)
+
+
+def test_environments_are_closed_when_the_policy_fails(monkeypatch):
+    closed = []
+    monkeypatch.setattr(Walk, "close", lambda self: closed.append(1))
+
+    def broken(obs):
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        evaluate(broken, Walk, 4)
+    assert len(closed) == 4
+
+
+@pytest.mark.parametrize("task", D4RL_REFERENCES)
+def test_reference_scores_span_the_scale(task):
+    low, high = reference_scores(task)
+    np.testing.assert_allclose(normalized_score([low, high], low, high), [0, 100])
+
+
+@pytest.mark.parametrize("name, task", [
+    ("hopper-medium-v2", "hopper"), ("halfcheetah-medium-expert-v2", "halfcheetah"), ("antmaze-umaze-v0", "antmaze"),
+    ("maze2d-umaze-v1", "maze2d-umaze"), ("pen-human-v1", "pen"), ("kitchen-partial-v0", "kitchen"),
+])
+def test_reference_scores_by_task_name(name, task):
+    assert reference_scores(name) == D4RL_REFERENCES[task]
+
+
+@pytest.mark.parametrize("name", ["hoper-medium-v2", "maze2d-umaze-dense-v1", "pendulum", "ant-medium-v2", ""])
+def test_unknown_tasks_are_refused(name):
+    with pytest.raises(ValueError, match="Known tasks: hopper"):
+        reference_scores(name)
+
+
+def test_normalized_score_refuses_an_empty_scale():
+    with pytest.raises(ValueError, match="below"):
+        normalized_score(1.0, 2.0, 2.0)
+
+
+def test_iqm_is_the_mean_of_the_middle_half():
+    x = np.random.default_rng(0).normal(size=(3, 40))
+    np.testing.assert_allclose(iqm(x), np.sort(x, 1)[:, 10:30].mean(1))
+    assert iqm([5.0]) == 5.0
+
+
+def test_bootstrap_interval():
+    x = np.random.default_rng(1).normal(10, 2, 400)
+    lo, hi = bootstrap_interval(x)
+    assert (hi - lo) == pytest.approx(2 * 1.96 * x.std() / 20, rel=0.1) and lo < x.mean() < hi
+    assert bootstrap_interval(x) == bootstrap_interval(x) != bootstrap_interval(x, seed=1)
+    narrow = bootstrap_interval(x, level=0.5)
+    assert lo < narrow[0] < narrow[1] < hi
+    lo, hi = bootstrap_interval(x, statistic=iqm)
+    assert lo < iqm(x) < hi
+
+
+def test_bootstrap_of_degenerate_input():
+    assert bootstrap_interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
+    assert np.isnan(bootstrap_interval([2.0])).all()
+    for bad in ([], [1.0, np.nan], [np.inf, 1.0]):
+        with pytest.raises(ValueError, match="finite"):
+            bootstrap_interval(bad)
+
+
+def test_table():
+    silent = evaluate(policy, lambda: Walk(report=False), 3)
+    results = {"random": evaluate(random_policy(), make_maze_env, 2), "walk": silent}
+    lines = score_table(results, 0.0, 180.0).splitlines()
+    assert len(lines) == 4 and all(line.count("|") == 7 for line in lines)
+    assert "95% interval" in lines[0] and lines[2].startswith("| random | 0.0 | 0.0 to 0.0") and "–" in lines[3]
