@@ -182,7 +182,8 @@ def reverse_path(eps_fn: Callable[[Tensor, int], Tensor],  # predicts the noise 
         if solver == "ddim": prev = ddim_step(x, eps, n, sched, clip)
         elif n == 1: prev = reverse_mean(x, eps, n, sched, clip)   # the last step adds no noise
         else:
-            z = noise[i] if noise is not None else torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            if noise is not None: z = noise[i]
+            else: z = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
             prev = reverse_mean(x, eps, n, sched, clip) + sched.beta[n].sqrt() * z
         yield n, x, eps, prev
         x = prev

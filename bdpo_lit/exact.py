@@ -25,7 +25,8 @@ class Gaussian:
     def noised(self, n: int, sched: Schedule) -> "Gaussian":
         "The distribution of x_n when x_0 is drawn from this one."
         ab = sched.alpha_bar[n]
-        return Gaussian(ab.sqrt() * self.mean, ab * self.cov + (1 - ab) * torch.eye(len(self.mean), dtype=self.mean.dtype))
+        eye = torch.eye(len(self.mean), dtype=self.mean.dtype)
+        return Gaussian(ab.sqrt() * self.mean, ab * self.cov + (1 - ab) * eye)
 
 @dataclass(frozen=True)
 class LinearKernel:
@@ -36,7 +37,8 @@ class LinearKernel:
 
 def gaussian_reverse(data: Gaussian, start: int, stop: int, sched: Schedule) -> LinearKernel:
     "The exact distribution of x_stop given x_start, for stop < start, when x_0 ~ data."
-    now, prev, r = data.noised(start, sched), data.noised(stop, sched), (sched.alpha_bar[start] / sched.alpha_bar[stop]).sqrt()
+    now, prev = data.noised(start, sched), data.noised(stop, sched)
+    r = (sched.alpha_bar[start] / sched.alpha_bar[stop]).sqrt()
     slope = r * torch.linalg.solve(now.cov, prev.cov).T
     return LinearKernel(slope, prev.mean - slope @ now.mean, prev.cov - r * slope @ prev.cov)
 
@@ -61,7 +63,9 @@ def quadratic_backup(v: Quadratic,          # V_{n-1} / eta
     b, P = torch.linalg.solve(M, v.b), torch.linalg.solve(M, v.P)        # as functions of the kernel's mean m
     const = v.const + 0.5 * v.b @ C @ b - 0.5 * torch.logdet(M)
     value = Quadratic(const + b @ t - 0.5 * t @ P @ t, S.T @ (b - P @ t), S.T @ P @ S)
-    return value, LinearKernel(torch.linalg.solve(M.T, S), torch.linalg.solve(M.T, t + C @ v.b), torch.linalg.solve(M.T, C))
+    return value, LinearKernel(
+        torch.linalg.solve(M.T, S), torch.linalg.solve(M.T, t + C @ v.b), torch.linalg.solve(M.T, C)
+    )
 
 # %% ../nbs/04_theorem.ipynb #04-017
 def forward_kernels(u: Float[Tensor, "G"],  # the grid: where the cells are
@@ -144,7 +148,8 @@ def gaussian_chain(eps_fn: Callable[[Tensor, int], Tensor],  # noise predictor: 
     kernels = [torch.eye(len(u), dtype=u.dtype)]
     for n in range(1, sched.num_steps + 1):
         mean = reverse_mean(u[:, None], eps_fn(u[:, None], n), n, sched).squeeze(-1)
-        kernels.append(gaussian_kernel(mean, sched.beta[n] if n > 1 or last_noise else torch.zeros_like(sched.beta[n]), u))
+        var = sched.beta[n] if n > 1 or last_noise else torch.zeros_like(sched.beta[n])
+        kernels.append(gaussian_kernel(mean, var, u))
     return torch.stack(kernels)
 
 # %% ../nbs/04_theorem.ipynb #04-036
@@ -164,7 +169,8 @@ def gaussian_optimum(Q: Float[Tensor, "G"],                    # action values
         score = reached - eta * (u - mean_nu).square() / (2 * sched.beta[n])    # [x_n, candidate]
         i = score.argmax(-1, keepdim=True).clamp(1, len(u) - 2)
         below, top, above = (score.gather(-1, i + k).squeeze(-1) for k in (-1, 0, 1))
-        shift = 0.5 * (above - below) / (2 * top - below - above).clamp_min(1e-12)   # top of the parabola through three cells
+        # top of the parabola through three cells
+        shift = 0.5 * (above - below) / (2 * top - below - above).clamp_min(1e-12)
         values.append(top + 0.25 * (above - below) * shift)
         kernels.append(gaussian_kernel(u[i.squeeze(-1)] + shift.clamp(-1, 1) * (u[1] - u[0]), var, u))
     return torch.stack(values), torch.stack(kernels)
