@@ -38,7 +38,8 @@ def _check_array(name: str, x: Tensor, ndim: int, length: int, source: str):
     "Raise `DataError` unless x is a finite float32 tensor of ndim axes and the given length."
     if x.dtype != torch.float32: raise DataError(f"{source}: '{name}' has dtype {x.dtype}, expected torch.float32")
     if x.ndim != ndim:
-        raise DataError(f"{source}: '{name}' has shape {tuple(x.shape)}; it needs {ndim} axes, the first over transitions")
+        raise DataError(f"{source}: '{name}' has shape {tuple(x.shape)}; it needs {ndim} axes, "
+                        "the first over transitions")
     if len(x) != length:
         raise DataError(f"{source}: '{name}' has {len(x)} rows, but 'action' has {length}; they must agree")
     bad = ~torch.isfinite(x.reshape(length, -1)).all(-1)
@@ -59,7 +60,7 @@ class Transitions:
     next_obs: Float[Tensor, "T S"]  # s', the true successor (anything finite where terminal)
     terminal: Float[Tensor, "T"]    # d: 1 where the task ended at s', 0 elsewhere, time-outs included
     episode: Int[Tensor, "T"]       # index of the episode the transition belongs to, non-decreasing
-    meta: dict = field(default_factory=dict)  # id, source, env_id, ref_min_score, ref_max_score, action_low, action_high
+    meta: dict = field(default_factory=dict)  # id, source, env_id, ref_min_score, ref_max_score, bounds of actions
 
     def __post_init__(self):
         self.validate()
@@ -114,13 +115,15 @@ def clip_actions(action: Float[np.ndarray, "T A"],  # as recorded
                 ) -> Float[np.ndarray, "T A"]:
     "Actions strictly inside their bounds. Raises `DataError` if one is outside by more than a thousandth of the range."
     if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
-        raise DataError(f"{source}: the action space has bounds {low} to {high}; they must be finite, lower below upper")
+        raise DataError(f"{source}: the action space has bounds {low} to {high}; they must be finite, lower "
+                        "below upper")
     center, half = (high + low) / 2, (high - low) / 2
     unit = (action - center) / half
     bad = (np.abs(unit) > 1 + 1e-3).any(-1)
     if bad.any() and not clip_outside:
         i = int(bad.argmax())
-        raise DataError(f"{source}: {int(bad.sum())} actions lie outside the bounds {low} to {high}, the first at index {i}: "
+        raise DataError(f"{source}: {int(bad.sum())} actions lie outside the bounds {low} to {high}, the first at "
+                        f"index {i}: "
                         f"{action[i]}; fix the file, or pass clip_outside=True")
     return center + half * np.clip(unit, -ACTION_MARGIN, ACTION_MARGIN)
 
@@ -132,7 +135,7 @@ def _check_space(space: gym.Space, what: str, source: str):
     elif not isinstance(space, gym.spaces.Box):
         raise DataError(f"{source}: the {what} space is {space}; only vectors of floats (Box) are supported")
     elif len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
-        raise DataError(f"{source}: the {what} space is Box of shape {space.shape} and dtype {space.dtype}; only vectors "
+        raise DataError(f"{source}: the {what} space is Box{space.shape} of {space.dtype}; only vectors "
                         "of floats are supported, not images or integers")
 
 def flatten_obs(space: gym.Space,  # Box, or Dict of such
@@ -147,7 +150,8 @@ def _numeric(name: str, x, source: str) -> np.ndarray:
     "The array, if it holds finite real numbers or truth values; else `DataError`."
     x = np.asarray(x)
     if x.dtype.kind not in "fiub":
-        raise DataError(f"{source}: '{name}' has dtype {x.dtype}; expected floats (or integers and booleans that stand for them)")
+        raise DataError(f"{source}: '{name}' has dtype {x.dtype}; expected floats (or integers and booleans that "
+                        "stand for them)")
     bad = ~np.isfinite(x.reshape(len(x), -1)).all(-1) if x.ndim and x.size else np.zeros(0, bool)
     if bad.any():
         raise DataError(f"{source}: '{name}' has {int(bad.sum())} rows with NaN or infinite values, the first at index "
@@ -159,11 +163,13 @@ def _build(arrays: dict[str, np.ndarray], meta: dict, clip_outside: bool, keep=s
     source = meta["source"]
     if arrays["action"].ndim == 2:
         if (width := arrays["action"].shape[1]) != len(meta["action_low"]):
-            raise DataError(f"{source}: actions have {width} components, the action space {len(meta['action_low'])}; they must agree")
+            raise DataError(f"{source}: actions have {width} components, the action space "
+                            f"{len(meta['action_low'])}; they must agree")
         action = arrays["action"].astype(np.float64)
         arrays["action"] = clip_actions(action, meta["action_low"], meta["action_high"], source, clip_outside)
     dtypes = {k: torch.int64 if k == "episode" else torch.float32 for k in arrays}
-    return Transitions(**{k: torch.from_numpy(np.ascontiguousarray(v[keep])).to(dtypes[k]) for k, v in arrays.items()}, meta=meta)
+    tensors = {k: torch.from_numpy(np.ascontiguousarray(v[keep])).to(dtypes[k]) for k, v in arrays.items()}
+    return Transitions(**tensors, meta=meta)
 
 # %% ../nbs/12_data.ipynb #12-030
 def _open_minari(dataset_id: str, download: bool) -> minari.MinariDataset:
@@ -179,9 +185,11 @@ def _open_minari(dataset_id: str, download: bool) -> minari.MinariDataset:
         raise DataError(f"data set '{dataset_id}' not found: there is no {folder}\n"
                         + (f"  did you mean: {', '.join(near)}\n" if near else "")
                         + f"  local data sets: {', '.join(local) or 'none'}\n"
-                        "  download=True fetches a set that Minari hosts") from None
+                        + ("  bdpo_lit.maze.collect_maze() makes this book's own data" if dataset_id.startswith("bdpo/")
+                           else "  download=True fetches a set that Minari hosts")) from None
     except ImportError as e:
-        raise DataError(f"data set '{dataset_id}' is not in {folder}, and downloading needs one more package: {e}") from None
+        raise DataError(f"data set '{dataset_id}' is not in {folder}, and downloading needs one more package: "
+                        f"{e}") from None
     except Exception as e:
         if (folder / "data").exists():
             raise DataError(f"data set '{dataset_id}': {folder} is incomplete or damaged ({e}); delete that folder and "
@@ -198,9 +206,11 @@ def _minari_episode(k: int, episode, space: gym.Space, source: str) -> dict[str,
     raw = {name: _numeric(f"{name} of episode {k}", x, source) for name, x in raw.items()}
     lengths, T = {name: x.shape[0] if x.ndim else 0 for name, x in raw.items()}, len(raw["rewards"])
     if lengths != dict(observations=T + 1, actions=T, rewards=T, terminations=T):
-        raise DataError(f"{source}: episode {k} has lengths {lengths}; expected one observation more than of everything else")
+        raise DataError(f"{source}: episode {k} has lengths {lengths}; expected one observation more than of "
+                        "everything else")
     obs = raw["observations"]
-    return dict(obs=obs[:-1], action=raw["actions"], reward=raw["rewards"], next_obs=obs[1:], terminal=raw["terminations"],
+    return dict(obs=obs[:-1], action=raw["actions"], reward=raw["rewards"], next_obs=obs[1:],
+                terminal=raw["terminations"],
                 episode=np.full(T, k))
 
 # %% ../nbs/12_data.ipynb #12-033
@@ -212,19 +222,24 @@ def load_minari(dataset_id: str,             # e.g. "D4RL/antmaze/umaze-v1", or 
     dataset, source = _open_minari(dataset_id, download), f"Minari data set '{dataset_id}'"
     space, action_space = dataset.observation_space, dataset.action_space
     _check_space(space, "observation", source); _check_space(action_space, "action", source)
-    try: parts = [_minari_episode(k, e, space, source) for k, e in enumerate(dataset.iterate_episodes()) if len(e.rewards)]
+    try:
+        episodes = ((k, e) for k, e in enumerate(dataset.iterate_episodes()) if len(e.rewards))
+        parts = [_minari_episode(k, e, space, source) for k, e in episodes]
     except (OSError, KeyError) as e:
-        raise DataError(f"{source}: the data in {dataset.storage.data_path} are damaged ({str(e)[:200]}); get them again") from None
+        raise DataError(f"{source}: the data in {dataset.storage.data_path} are damaged ({str(e)[:200]}); "
+                        "get them again") from None
     if not parts: raise DataError(f"{source}: found 0 transitions; at least 2 are needed")
     try: arrays = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
     except ValueError as e: raise DataError(f"{source}: episodes differ in shape ({e}); they must agree") from None
     stored, spec = dataset.storage.metadata, dataset.env_spec
-    meta = dict(id=dataset_id, source=source, env_id=spec.id if spec else None, ref_min_score=stored.get("ref_min_score"),
+    meta = dict(id=dataset_id, source=source, env_id=spec.id if spec else None,
+                ref_min_score=stored.get("ref_min_score"),
                 ref_max_score=stored.get("ref_max_score"), action_low=action_space.low, action_high=action_space.high)
     return _build(arrays, meta, clip_outside)
 
 # %% ../nbs/12_data.ipynb #12-038
-def _boundaries(terminal: np.ndarray, timeout: np.ndarray | None, max_steps: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _boundaries(terminal: np.ndarray, timeout: np.ndarray | None,
+                max_steps: int | None) -> tuple[np.ndarray, np.ndarray]:
     "Which rows are time-outs, and the episode each row belongs to; steps are counted if time-outs were not recorded."
     if timeout is None:
         timeout, step = np.zeros(len(terminal), bool), 0
@@ -240,14 +255,17 @@ _D4RL_KEYS = ("observations", "actions", "rewards", "terminals")
 
 def _read_hdf5(path: Path, keys: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, np.ndarray]:
     "Arrays of an HDF5 file; `DataError` if it is missing, damaged, or lacks a key."
-    if not path.is_file(): raise DataError(f"{path}: no such file; expected an HDF5 file with the keys {', '.join(keys)}")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; expected an HDF5 file with the keys {', '.join(keys)}")
     try:
         with h5py.File(path, "r") as f:
             if missing := [k for k in keys if k not in f]:
-                raise DataError(f"{path}: lacks {', '.join(missing)}; found {', '.join(f) or 'nothing'}; needed {', '.join(keys)}")
+                raise DataError(f"{path}: lacks {', '.join(missing)}; found {', '.join(f) or 'nothing'}; "
+                                f"needed {', '.join(keys)}")
             return {k: f[k][()] for k in (*keys, *optional) if k in f}
-    except OSError as e:
-        raise DataError(f"{path}: not a readable HDF5 file ({path.stat().st_size} bytes; {str(e)[:200]}); it may be truncated, "
+    except (OSError, TypeError) as e:
+        raise DataError(f"{path}: not a readable HDF5 file ({path.stat().st_size} bytes; {str(e)[:200]}); "
+                        "it may be truncated, "
                         "get it again") from None
 
 # %% ../nbs/12_data.ipynb #12-041
@@ -266,19 +284,23 @@ def load_hdf5(path: str | Path,                     # file in the D4RL layout
     lengths = {k: x.shape[0] if x.ndim else 0 for k, x in raw.items()}
     if len(set(lengths.values())) > 1: raise DataError(f"{path}: lengths differ: {lengths}; they must agree")
     if raw["observations"].ndim != 2 or raw["actions"].ndim != 2:
-        raise DataError(f"{path}: 'observations' has shape {raw['observations'].shape}, 'actions' {raw['actions'].shape}; both need "
+        raise DataError(f"{path}: 'observations' has shape {raw['observations'].shape}, 'actions' "
+                        f"{raw['actions'].shape}; both need "
                         "two axes (rows, components): images and discrete actions are not supported")
-    raw = {k: x if x.ndim == 2 and k.endswith(("actions", "observations")) else x.reshape(len(x), -1)[:, 0] for k, x in raw.items()}
+    vectors = ("observations", "actions", "next_observations")
+    raw = {k: x if k in vectors else x.reshape(len(x), -1)[:, 0] for k, x in raw.items()}
     if "timeouts" not in raw and max_episode_steps is None:
         raise DataError(f"{path}: has no 'timeouts'; pass max_episode_steps, the time limit of the environment")
     terminal = raw["terminals"].astype(bool)
-    timeout, episode = _boundaries(terminal, raw["timeouts"].astype(bool) if "timeouts" in raw else None, max_episode_steps)
+    recorded = raw["timeouts"].astype(bool) if "timeouts" in raw else None
+    timeout, episode = _boundaries(terminal, recorded, max_episode_steps)
     obs = raw["observations"]
     if use_next_observations: next_obs, keep = raw["next_observations"], np.ones(len(obs), bool)
     else:
         next_obs = np.where(terminal[:, None], obs, np.roll(obs, -1, axis=0))
         keep = terminal | ~(timeout | (np.arange(len(obs)) == len(obs) - 1))
-    arrays = dict(obs=obs, action=raw["actions"], reward=raw["rewards"], next_obs=next_obs, terminal=terminal, episode=episode)
+    arrays = dict(obs=obs, action=raw["actions"], reward=raw["rewards"], next_obs=next_obs, terminal=terminal,
+                  episode=episode)
     bound = np.ones(raw["actions"].shape[1])
     meta = dict(id=path.stem, env_id=None, ref_min_score=None, ref_max_score=None) | meta
     meta |= dict(source=str(path), action_low=action_low * bound, action_high=action_high * bound)
@@ -303,7 +325,7 @@ def episode_returns(transitions: Transitions,  # a data set
 def reward_scale(transitions: Transitions,  # a data set, rewards as recorded
                  how: str,                  # "none", "locomotion": 1000 / (max - min return), "antmaze": 100
                 ) -> float:                 # factor
-    "The paper's factor for the rewards. Raises `DataError` if the returns do not differ, `ValueError` on an unknown rule."
+    "The paper's factor. Raises `DataError` if all returns are equal, `ValueError` on an unknown rule."
     if how == "none": return 1.0
     if how == "antmaze": return 100.0
     if how != "locomotion": raise ValueError(f"how must be 'none', 'locomotion' or 'antmaze', got {how!r}")
@@ -326,7 +348,8 @@ def summary(transitions: Transitions,  # a data set
            ) -> dict:                  # name -> number, ready for printing or JSON
     "Size, returns and ranges of a data set."
     returns, t = episode_returns(transitions), transitions
-    return dict(id=t.meta.get("id"), transitions=len(t), episodes=len(returns), obs_dim=t.obs_dim, action_dim=t.action_dim,
+    return dict(id=t.meta.get("id"), transitions=len(t), episodes=len(returns), obs_dim=t.obs_dim,
+                action_dim=t.action_dim,
                 terminals=int(t.terminal.sum()), return_mean=float(returns.mean()), return_min=float(returns.min()),
                 return_max=float(returns.max()), reward_min=float(t.reward.min()), reward_max=float(t.reward.max()),
                 obs_abs_max=float(t.obs.abs().max()), action_abs_max=float(t.action.abs().max()))

@@ -25,7 +25,7 @@ class Evaluation:
     "What a policy did in E episodes."
     returns: Float[np.ndarray, "E"]               # sum of rewards
     lengths: Int[np.ndarray, "E"]                 # steps
-    success: Float[np.ndarray, "E"] | None        # 1 where the environment reported success at some step; None if it never says
+    success: Float[np.ndarray, "E"] | None        # 1 where success was reported at some step; None if it never is
     trajectories: list[np.ndarray] | None = None  # per episode the observations (T + 1, S), if asked for
 
     def __len__(self) -> int:
@@ -96,12 +96,14 @@ def _play_all(policy: Callable, envs: VectorEnv, seeds: list[int], progress: boo
             lengths[now] += 1
             for key in {"success", "is_success"} & set(info):
                 reports, success[now] = True, np.maximum(success[now], np.asarray(info[key], float)[live])
-            if lengths.max() > MAX_STEPS: raise ValueError(f"an episode passed {MAX_STEPS} steps; the environment needs a time limit")
+            if lengths.max() > MAX_STEPS:
+                raise ValueError(f"an episode passed {MAX_STEPS} steps; the environment needs a time limit")
             done = terminated | truncated
             if not done.any(): continue
             if keep: [paths[playing[i]].append(see(obs)[i].copy()) for i in np.flatnonzero(done & live)]
             bar.update(int((done & live).sum()))
-            for i in np.flatnonzero(done): playing[i], waiting = (waiting, waiting + 1) if waiting < E else (-1, waiting)
+            for i in np.flatnonzero(done):
+                playing[i], waiting = (waiting, waiting + 1) if waiting < E else (-1, waiting)
             obs, _ = envs.reset(seed=[seeds[max(k, 0)] for k in playing], options={"reset_mask": done})
     return Evaluation(returns, lengths, success if reports else None, [np.array(p) for p in paths] if keep else None)
 
@@ -137,24 +139,25 @@ def reference_scores(task_name: str,           # D4RL's name of the task, e.g. "
     for task, scores in D4RL_REFERENCES.items():
         if stem == task or (stem.startswith(task + "-") and "dense" not in stem): return scores
     near = difflib.get_close_matches(stem.split("-")[0], D4RL_REFERENCES, n=2, cutoff=0.5)
-    raise ValueError(f"no D4RL reference scores for '{task_name}'" + (f"; did you mean {' or '.join(near)}?" if near else "")
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    raise ValueError(f"no D4RL reference scores for '{task_name}'{hint}"
                      + f" Known tasks: {', '.join(D4RL_REFERENCES)}")
 
 # %% ../nbs/13_evaluation.ipynb #13-026
 def iqm(x: Float[np.ndarray, "*B E"] | Sequence,  # scores
         axis: int = -1,                           # averaged over
        ) -> Float[np.ndarray, "*B"] | float:
-    "Interquartile mean: the mean of the middle half. Less moved by single outliers than the mean, less coarse than the median."
+    "Interquartile mean: the mean of the middle half. Less moved by outliers than the mean, finer than the median."
     return stats.trim_mean(x, 0.25, axis=axis)
 
 # %% ../nbs/13_evaluation.ipynb #13-027
-def bootstrap_interval(x: Float[np.ndarray, "E"] | Sequence, # independent results: returns of episodes, or scores of seeds
+def bootstrap_interval(x: Float[np.ndarray, "E"] | Sequence, # independent results: returns of episodes, scores of seeds
                        level: float = 0.95,                  # of confidence
                        seed: int = 0,                        # of the resampling
                        statistic: Callable = np.mean,        # takes `axis`; e.g. `iqm`
                        resamples: int = 2000,                # how often to draw
                       ) -> tuple[float, float]:              # (lo, hi)
-    "Percentile bootstrap interval; a point if all values are equal, nan for one value. Raises `ValueError` on NaN or nothing."
+    "Percentile bootstrap; a point if all values are equal, nan for one value. `ValueError` on NaN or nothing."
     x = np.asarray(x, float).ravel()
     if not len(x) or not np.isfinite(x).all(): raise ValueError(f"need finite values, got {x}")
     if len(x) == 1: return float("nan"), float("nan")

@@ -83,7 +83,8 @@ class HiddenGoalMaze(gym.Env):
         obs, _ = self.maze.reset(seed=seed, options={"reset_cell": np.array(cell)})
         self.maze.goal = GOAL_XY.copy()  # undo the jitter
         self.maze.update_target_site_pos()
-        return obs["observation"].astype(np.float32), {"success": bool(np.linalg.norm(obs["achieved_goal"] - GOAL_XY) <= GOAL_RADIUS)}
+        success = bool(np.linalg.norm(obs["achieved_goal"] - GOAL_XY) <= GOAL_RADIUS)
+        return obs["observation"].astype(np.float32), {"success": success}
 
     def step(self, action):
         "One step of 0.01 s; the reward is that of the position reached."
@@ -132,7 +133,8 @@ class WaypointController:
                 ):
         self.goal, self.cell, self.stiffness, self.damping = goal, cell_of(*goal), stiffness, damping
         self.next_cell = next_cell()
-        if self.cell not in CELLS: raise ValueError(f"goal {goal} lies in the wall cell {self.cell}; free cells: {CELLS}")
+        if self.cell not in CELLS:
+            raise ValueError(f"goal {goal} lies in the wall cell {self.cell}; free cells: {CELLS}")
 
     def act(self, x: float, y: float, vx: float, vy: float) -> tuple[float, float]:
         "Action for one state, each component in [-1, 1]."
@@ -196,7 +198,8 @@ def maze_reference(episodes: int = 30,       # episodes per policy
                   ) -> tuple[float, float]:  # mean return of random actions, and of the controller that knows the goal
     "The two reference scores, measured in the evaluation environment."
     env = make_maze_env()
-    means = [float(np.mean([play(p, env, seed + k)[1] for k in range(episodes)])) for p in (random_policy(seed), WaypointController())]
+    policies = (random_policy(seed), WaypointController())
+    means = [float(np.mean([play(p, env, seed + k)[1] for k in range(episodes)])) for p in policies]
     env.close()
     return tuple(means)
 
@@ -228,7 +231,8 @@ def drive(num_steps: int,          # transitions in total; the last episode may 
             actions[t] = max(-1.0, min(1.0, ax + jitter[t][0])), max(-1.0, min(1.0, ay + jitter[t][1]))
             obs, rewards[t], *_ = env.step(actions[t])
             observations.append(obs)
-        episodes.append(EpisodeBuffer(seed=episode_seed, observations=np.array(observations), actions=actions, rewards=rewards,
+        episodes.append(EpisodeBuffer(seed=episode_seed, observations=np.array(observations), actions=actions,
+                                      rewards=rewards,
                                       terminations=np.zeros(T, bool), truncations=np.arange(T) == T - 1))
         left -= T
         if bar is not None: bar.update(T)
@@ -261,15 +265,17 @@ def _write(dataset_id: str, episodes: list[EpisodeBuffer], recipe: dict):
         dataset = minari.create_dataset_from_buffers(
             dataset_id, episodes, env=gym.make(MAZE_ENV_ID, start="any"), eval_env=gym.make(MAZE_ENV_ID),
             algorithm_name="waypoint controller (breadth-first search, PD) with random goals and action noise",
-            author="The bdpo_lit authors", code_permalink=_permalink(), requirements=["mujoco>=3.2.3,<3.4", "gymnasium-robotics>=1.4.2"],
+            author="The bdpo_lit authors", code_permalink=_permalink(),
+            requirements=["mujoco>=3.2.3,<3.4", "gymnasium-robotics>=1.4.2"],
             ref_min_score=low, ref_max_score=high, num_episodes_average_score=30,
-            description="A point in a U-shaped maze is driven to random goals; the observation (x, y, vx, vy) hides the goal. Reward "
-                        f"1 within {GOAL_RADIUS} of one fixed goal, else 0; episodes of {TIME_LIMIT} steps, no terminals.")
+            description="A point in a U-shaped maze is driven to random goals; the observation (x, y, vx, vy) hides "
+                        f"the goal. Reward 1 within {GOAL_RADIUS} of one fixed goal, else 0; episodes of {TIME_LIMIT} "
+                        "steps, no terminals.")
         dataset.storage.update_metadata({"recipe": recipe})
 
 # %% ../nbs/12b_maze.ipynb #12-033
 def _find(dataset_id: str, recipe: dict) -> minari.MinariDataset | None:
-    "The complete data set of this recipe, or None. Removes what is half-written; raises `DataError` if it is another set."
+    "The complete set of this recipe, or None. Removes what is half-written; `DataError` if it is another set."
     folder = minari.storage.get_dataset_path(dataset_id)
     if not folder.exists(): return None
     try:
@@ -286,7 +292,8 @@ def _find(dataset_id: str, recipe: dict) -> minari.MinariDataset | None:
         shutil.rmtree(folder)
         return None
     if found == recipe: return minari.load_dataset(dataset_id)
-    raise DataError(f"data set '{dataset_id}' in {folder} was made with {found or 'something else'}, but {recipe} is asked for; use the "
+    raise DataError(f"data set '{dataset_id}' in {folder} was made with {found or 'something else'}, but {recipe} is "
+                    "asked for; use the "
                     "same settings, another dataset_id, or delete that folder")
 
 # %% ../nbs/12b_maze.ipynb #12-034
@@ -335,7 +342,8 @@ def episode_gif(path: str | Path,                        # file to write
                 renderer: str = "matplotlib",            # or "mujoco": rendered by the simulator if it can
                ) -> Path:                                # the file
     "Write an episode as an animated GIF."
-    if renderer not in ("matplotlib", "mujoco"): raise ValueError(f"renderer must be 'matplotlib' or 'mujoco', got {renderer!r}")
+    if renderer not in ("matplotlib", "mujoco"):
+        raise ValueError(f"renderer must be 'matplotlib' or 'mujoco', got {renderer!r}")
     path, states = Path(path), np.asarray(trajectory)[::every]
     if renderer == "mujoco":
         try:

@@ -313,6 +313,19 @@ def test_unknown_id_lists_local_sets_and_close_matches():
     assert "did you mean: toy/hopper-v0" in text and "other/set-v0" in text and "download=True" in text
 
 
+def test_the_books_own_data_are_collected_not_downloaded():
+    with pytest.raises(DataError, match="collect_maze"):
+        load_minari("bdpo/pointmaze-umaze-hidden-v0")
+
+
+def test_group_where_an_array_should_be(root):
+    path = write_hdf5(root / "d.hdf5", episodes(), rewards=None)
+    with h5py.File(path, "a") as f:
+        f.create_group("rewards")
+    with pytest.raises(DataError, match="not a readable HDF5 file"):
+        load_hdf5(path)
+
+
 def test_download_without_network_is_one_clear_message(monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("network is unreachable")
