@@ -109,39 +109,66 @@ class Mixture:
         return self.mean[c] + self.var[c].sqrt().unsqueeze(-1) * z
 
 # %% ../nbs/02_diffusion.ipynb #02-027
-def posterior_mean(x, x0, n, sched: Schedule):
-    "Mean of q(x_{n-1} | x_n, x_0): a weighted mean of where we are and where we are going."
+def posterior_mean(x: Float[Tensor, "*B A"],     # x_n
+                   x0: Float[Tensor, "*#B A"],   # clean point
+                   n: int | Int[Tensor, "*#B"],  # diffusion step, 1..N
+                   sched: Schedule,              # noise schedule
+                  ) -> Float[Tensor, "*B A"]:    # mean of x_{n-1}
+    "Mean of q(x_{n-1} | x_n, x_0), text after Eq. (8): a weighting of where we are and where we are going."
     alpha, alpha_bar, prev = _at(sched.alpha, n), _at(sched.alpha_bar, n), _at(sched.alpha_bar, n - 1)
     return (prev.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - prev) * x) / (1 - alpha_bar)
 
 # %% ../nbs/02_diffusion.ipynb #02-035
-def x0_from_eps(x, eps, n, sched: Schedule):
+def x0_from_eps(x: Float[Tensor, "*B A"],     # x_n
+                eps: Float[Tensor, "*#B A"],  # predicted noise
+                n: int | Int[Tensor, "*#B"],  # diffusion step, 1..N
+                sched: Schedule,              # noise schedule
+               ) -> Float[Tensor, "*B A"]:    # clean point, not clipped
     "The clean point that x_n and its noise imply: Eq. (6) solved for x_0."
     alpha_bar = _at(sched.alpha_bar, n)
     return (x - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
 
-def eps_from_x0(x, x0, n, sched: Schedule):
+def eps_from_x0(x: Float[Tensor, "*B A"],     # x_n
+                x0: Float[Tensor, "*#B A"],   # clean point
+                n: int | Int[Tensor, "*#B"],  # diffusion step, 1..N
+                sched: Schedule,              # noise schedule
+               ) -> Float[Tensor, "*B A"]:    # noise
     "The noise that x_n and its clean point imply: Eq. (6) solved for eps."
     alpha_bar = _at(sched.alpha_bar, n)
     return (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
 
 # %% ../nbs/02_diffusion.ipynb #02-036
-def score_from_eps(eps, n, sched: Schedule):
-    "grad log q(x_n) as a function of the predicted noise."
+def score_from_eps(eps: Float[Tensor, "*B A"],   # predicted noise
+                   n: int | Int[Tensor, "*#B"],  # diffusion step, 1..N
+                   sched: Schedule,              # noise schedule
+                  ) -> Float[Tensor, "*B A"]:    # gradient of log q(x_n)
+    "The score as a function of the predicted noise (Tweedie's formula, used in Eq. (45))."
     return -eps / (1 - _at(sched.alpha_bar, n)).sqrt()
 
-def eps_from_score(score, n, sched: Schedule):
-    "The predicted noise as a function of grad log q(x_n)."
+def eps_from_score(score: Float[Tensor, "*B A"],  # gradient of log q(x_n)
+                   n: int | Int[Tensor, "*#B"],   # diffusion step, 1..N
+                   sched: Schedule,               # noise schedule
+                  ) -> Float[Tensor, "*B A"]:     # predicted noise
+    "The predicted noise as a function of the score."
     return -(1 - _at(sched.alpha_bar, n)).sqrt() * score
 
 # %% ../nbs/02_diffusion.ipynb #02-038
-def reverse_mean(x, eps, n, sched: Schedule, clip: float | None = None):
+def reverse_mean(x: Float[Tensor, "*B A"],     # x_n
+                 eps: Float[Tensor, "*#B A"],  # predicted noise
+                 n: int | Int[Tensor, "*#B"],  # diffusion step, 1..N
+                 sched: Schedule,              # noise schedule
+                 clip: float | None = None,    # bound of the predicted clean point, None for unbounded
+                ) -> Float[Tensor, "*B A"]:    # mean of x_{n-1}
     "Mean of the reverse kernel, Eq. (8): the posterior mean at the predicted clean point, clipped to [-clip, clip]."
     x0 = x0_from_eps(x, eps, n, sched)
     if clip is not None: x0 = x0.clamp(-clip, clip)
     return posterior_mean(x, x0, n, sched)
 
-def eps_from_mean(x, mean, n, sched: Schedule):
+def eps_from_mean(x: Float[Tensor, "*B A"],      # x_n
+                  mean: Float[Tensor, "*#B A"],  # mean of x_{n-1}
+                  n: int | Int[Tensor, "*#B"],   # diffusion step, 1..N
+                  sched: Schedule,               # noise schedule
+                 ) -> Float[Tensor, "*B A"]:     # predicted noise
     "The predicted noise as a function of the (unclipped) reverse mean."
     return (x - _at(sched.alpha, n).sqrt() * mean) * (1 - _at(sched.alpha_bar, n)).sqrt() / _at(sched.beta, n)
 
@@ -153,13 +180,24 @@ def mixture_eps(mixture: Mixture,  # the data
     return lambda x, n: eps_from_score(mixture.noised(n, sched).score(x), n, sched)
 
 # %% ../nbs/02_diffusion.ipynb #02-052
-def ddpm_step(x, eps, n, sched: Schedule, noise, clip: float | None = None):
-    "x_{n-1} ~ N(reverse_mean, beta_n I); the last step (n = 1) adds no noise."
+def ddpm_step(x: Float[Tensor, "*B A"],       # x_n
+              eps: Float[Tensor, "*#B A"],    # predicted noise
+              n: int | Int[Tensor, "*#B"],    # diffusion step, 1..N
+              sched: Schedule,                # noise schedule
+              noise: Float[Tensor, "*#B A"],  # standard normal, unused where n = 1
+              clip: float | None = None,      # bound of the predicted clean point, None for unbounded
+             ) -> Float[Tensor, "*B A"]:      # x_{n-1}
+    "x_{n-1} ~ N(reverse_mean, beta_n I), Eq. (8); the last step (n = 1) adds no noise."
     n = torch.as_tensor(n, device=x.device)
     return reverse_mean(x, eps, n, sched, clip) + _at(sched.beta, n).sqrt() * (n > 1).unsqueeze(-1) * noise
 
 # %% ../nbs/02_diffusion.ipynb #02-054
-def ddim_step(x, eps, n, sched: Schedule, clip: float | None = None):
+def ddim_step(x: Float[Tensor, "*B A"],     # x_n
+              eps: Float[Tensor, "*#B A"],  # predicted noise
+              n: int | Int[Tensor, "*#B"],  # diffusion step, 1..N
+              sched: Schedule,              # noise schedule
+              clip: float | None = None,    # bound of the result, None for unbounded
+             ) -> Float[Tensor, "*B A"]:    # x_{n-1}
     "The deterministic step (DDIM, Song et al. 2021); clips its result."
     prev = _at(sched.alpha_bar, n - 1)
     x = prev.sqrt() * x0_from_eps(x, eps, n, sched) + (1 - prev).sqrt() * eps

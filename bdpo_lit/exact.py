@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from .diffusion import Schedule, reverse_mean
+from .diffusion import Schedule, posterior_mean, reverse_mean
 
 # %% ../nbs/04_theorem.ipynb #04-007
 @dataclass(frozen=True)
@@ -35,8 +35,12 @@ class LinearKernel:
     shift: Float[Tensor, "A"]    # t
     cov: Float[Tensor, "A A"]    # C
 
-def gaussian_reverse(data: Gaussian, start: int, stop: int, sched: Schedule) -> LinearKernel:
-    "The exact distribution of x_stop given x_start, for stop < start, when x_0 ~ data."
+def gaussian_reverse(data: Gaussian,   # distribution of x_0
+                     start: int,       # step we stand at, 1..N
+                     stop: int,        # step we ask about, below start
+                     sched: Schedule,  # noise schedule
+                    ) -> LinearKernel: # distribution of x_stop given x_start
+    "The exact reverse kernel of Gaussian data: what Eq. (8) stands for."
     now, prev = data.noised(start, sched), data.noised(stop, sched)
     r = (sched.alpha_bar[start] / sched.alpha_bar[stop]).sqrt()
     slope = r * torch.linalg.solve(now.cov, prev.cov).T
@@ -46,9 +50,9 @@ def gaussian_reverse(data: Gaussian, start: int, stop: int, sched: Schedule) -> 
 @dataclass(frozen=True)
 class Quadratic:
     "The function const + b.x - x.P.x / 2."
-    const: Float[Tensor, ""]
-    b: Float[Tensor, "A"]
-    P: Float[Tensor, "A A"]  # symmetric
+    const: Float[Tensor, ""]  # value at 0
+    b: Float[Tensor, "A"]     # slope at 0
+    P: Float[Tensor, "A A"]   # downward curvature, symmetric
 
     def __call__(self, x: Float[Tensor, "*B A"]) -> Float[Tensor, "*B"]:
         "Its value at x."
@@ -123,8 +127,10 @@ def optimal_kernels(values: Float[Tensor, "N1 G"],       # V_n
     tilted[1:] = reverse[1:] * ((values[:-1, None, :] - values[1:, :, None]) / eta).exp()
     return tilted
 
-def total_variation(p: Float[Tensor, "*B G"], q: Float[Tensor, "*B G"]) -> Float[Tensor, "*B"]:
-    "Largest difference in probability that two distributions give to any event, between 0 and 1."
+def total_variation(p: Float[Tensor, "*B G"],  # probabilities
+                    q: Float[Tensor, "*B G"],  # probabilities of the same cells
+                   ) -> Float[Tensor, "*B"]:   # between 0 (equal) and 1
+    "Largest difference in the probability that two distributions give to any event."
     return 0.5 * (p - q).abs().sum(-1)
 
 # %% ../nbs/04_theorem.ipynb #04-032
@@ -159,18 +165,27 @@ def gaussian_optimum(Q: Float[Tensor, "G"],                    # action values
                      sched: Schedule,                          # noise schedule
                      eta: float,                               # price of one nat
                      last_noise: bool = False,                 # does the last step add noise of variance beta_1?
+                     clip: float | None = None,                # bound of the clean point a mean may aim at
                     ) -> tuple[Float[Tensor, "N1 G"], Float[Tensor, "N1 G G"]]:  # V_n and the best kernels
-    "The best policy whose steps are Gaussians of variance beta_n: Eq. (16) solved exactly, step by step."
+    "The best policy of Gaussian steps: Eq. (16) solved backwards. Raises `ValueError` if a clipped step has no cell."
     values, kernels = [Q], [torch.eye(len(u), dtype=u.dtype)]
     for n in range(1, sched.num_steps + 1):
         var = sched.beta[n] if n > 1 or last_noise else torch.zeros_like(sched.beta[n])
         reached = gaussian_kernel(u, var, u) @ values[-1]                       # E V_{n-1} for each candidate mean
         mean_nu = reverse_mean(u[:, None], eps_fn(u[:, None], n), n, sched)
         score = reached - eta * (u - mean_nu).square() / (2 * sched.beta[n])    # [x_n, candidate]
+        # which clean point would give this mean?
+        if clip is not None:
+            zero = torch.zeros_like(u[:, None])
+            per_x0 = posterior_mean(zero, zero + 1, n, sched)
+            x0 = (u - posterior_mean(u[:, None], zero, n, sched)) / per_x0
+            score = score.masked_fill(x0.abs() > clip, -torch.inf)
+            if score.isneginf().all(-1).any(): raise ValueError(f"the grid is too coarse for clip at step {n}")
         i = score.argmax(-1, keepdim=True).clamp(1, len(u) - 2)
         below, top, above = (score.gather(-1, i + k).squeeze(-1) for k in (-1, 0, 1))
         # top of the parabola through three cells
         shift = 0.5 * (above - below) / (2 * top - below - above).clamp_min(1e-12)
-        values.append(top + 0.25 * (above - below) * shift)
+        shift = torch.where((above - below).isfinite(), shift, 0.)              # at the box's edge: stay on the cell
+        values.append(top + torch.where(shift != 0, 0.25 * (above - below) * shift, 0.))
         kernels.append(gaussian_kernel(u[i.squeeze(-1)] + shift.clamp(-1, 1) * (u[1] - u[0]), var, u))
     return torch.stack(values), torch.stack(kernels)

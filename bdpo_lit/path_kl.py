@@ -8,7 +8,7 @@ __all__ = ['markov_path_kl', 'step_kl_from_means', 'step_kl', 'step_kl_from_x0',
 # %% ../nbs/03_path_kl.ipynb #03-003
 from collections.abc import Callable
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from .diffusion import Schedule, reverse_path
 from .soft_rl import kl
@@ -38,7 +38,7 @@ def step_kl_from_means(mean_actor: Float[Tensor, "*B A"],     # mean of the acto
 # %% ../nbs/03_path_kl.ipynb #03-017
 def step_kl(eps_actor: Float[Tensor, "*B A"],     # noise predicted by the actor
             eps_behavior: Float[Tensor, "*B A"],  # noise predicted by the behaviour policy
-            n,                                    # diffusion step: int or (*B,) integers
+            n: int | Int[Tensor, "*#B"],          # diffusion step, 1..N
             sched: Schedule,                      # noise schedule
            ) -> Float[Tensor, "*B"]:              # nats
     "KL between two reverse steps whose variance is beta_n: Eq. (17) written in predicted noise."
@@ -48,7 +48,7 @@ def step_kl(eps_actor: Float[Tensor, "*B A"],     # noise predicted by the actor
 # %% ../nbs/03_path_kl.ipynb #03-018
 def step_kl_from_x0(x0_actor: Float[Tensor, "*B A"],     # clean point predicted by the actor
                     x0_behavior: Float[Tensor, "*B A"],  # clean point predicted by the behaviour policy
-                    n,                                   # diffusion step: int or (*B,) integers
+                    n: int | Int[Tensor, "*#B"],         # diffusion step, 1..N
                     sched: Schedule,                     # noise schedule
                    ) -> Float[Tensor, "*B"]:             # nats
     "The same price in predicted clean points, clipped or not: Eq. (17)."
@@ -57,7 +57,7 @@ def step_kl_from_x0(x0_actor: Float[Tensor, "*B A"],     # clean point predicted
 
 def step_kl_from_score(score_actor: Float[Tensor, "*B A"],     # score of the actor's x_n
                        score_behavior: Float[Tensor, "*B A"],  # score of the behaviour policy's x_n
-                       n,                                      # diffusion step: int or (*B,) integers
+                       n: int | Int[Tensor, "*#B"],            # diffusion step, 1..N
                        sched: Schedule,                        # noise schedule
                       ) -> Float[Tensor, "*B"]:                # nats
     "The same price in scores: Eq. (17), and the summand that becomes Eq. (45) as N grows."

@@ -184,6 +184,9 @@ def test_the_best_gaussian_policy_is_best(sched, nu, eta, seed):
     Q, eps = torch.sin(a + 2 * u) + 0.3 * b * u.clamp(-2, 2), df.mixture_eps(nu, sched)
     V, K = ex.gaussian_optimum(Q, eps, u, sched, eta)
     close(K.sum(-1), 1, 1e-9)
+    boxed = ex.gaussian_optimum(Q, eps, u, sched, eta, clip=3.0)[0]
+    assert (boxed[-1] <= V[-1] + 0.01).all()               # a bound on the means cannot help
+    close(ex.gaussian_optimum(Q, eps, u, sched, eta, clip=1e9)[0], V, 1e-12)
     for bend in (0.0, 0.3, -0.5):                          # evaluate behaviour, and behaviour with bent means
         value = Q
         for n in range(1, sched.num_steps + 1):
@@ -559,5 +562,7 @@ def test_undamaged_copies_pass():
 
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="at least 1"): vp_schedule(0)
+    with pytest.raises(ValueError, match="too coarse"):
+        ex.gaussian_optimum(VALUES, df.mixture_eps(DUO, S4), GRID, S4, ETA, clip=0.01)
     with pytest.raises(ValueError, match="ddpm"):
         next(df.reverse_path(lambda x, n: x, torch.zeros(1, 1), vp_schedule(2), solver="euler"))
