@@ -52,7 +52,7 @@ class EnsembleLinear(nn.Module):
     def forward(self, x: Float[Tensor, "k *B in"]) -> Float[Tensor, "K *B out"]:
         "k is K, or 1 for an input that all members share."
         K, _, out_dim = self.weight.shape
-        y = torch.baddbmm(self.bias.unsqueeze(1), x.flatten(1, -2).expand(K, -1, -1), self.weight)
+        y = torch.baddbmm(self.bias.unsqueeze(1), x.reshape(len(x), -1, x.shape[-1]).expand(K, -1, -1), self.weight)
         return y.view(K, *x.shape[1:-1], out_dim)
 
 # %% ../nbs/06_networks.ipynb #06-015
@@ -75,7 +75,7 @@ class EnsembleMLP(nn.Module):
              ) -> Float[Tensor, "K *B H"]:
         "What input i contributes to the first layer."
         w = self.layers[0].weight.split(self.in_dims, dim=1)[i]
-        return torch.bmm(x.flatten(1, -2).expand(len(w), -1, -1), w).view(len(w), *x.shape[1:-1], w.shape[-1])
+        return torch.bmm(x.reshape(len(x), -1, x.shape[-1]).expand(len(w), -1, -1), w).view(len(w), *x.shape[1:-1], w.shape[-1])
 
     def finish(self, *shares: Float[Tensor, "K *#B H"],  # contributions to the first layer
               ) -> Float[Tensor, "K *B out"]:
@@ -144,7 +144,7 @@ class NoiseNet(nn.Module):
                 x: Float[Tensor, "*#B A"],             # noisy actions a^n
                 n: int | Int[Tensor, "*#B"],           # diffusion steps
                ) -> Float[Tensor, "*B A"]:             # predicted noise
-        "Batch shapes broadcast: states (B, 1, S) go with actions (B, M, A) and steps (B, 1)."
+        "Batch shapes of equal rank broadcast: states (B, 1, S) go with actions (B, M, A) and steps (B, 1)."
         return self.mlp(x[None], _fit(self.time(n), x), obs[None]).squeeze(0)
 
     def at(self, obs: Float[Tensor, "*#B S"],           # states
