@@ -4,15 +4,22 @@
 __all__ = ['actor_loss']
 
 # %% ../nbs/09_actor.ipynb #09-002
-import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from .critics import step_value
+from .diffusion import Schedule
+from .networks import NoiseNet, QNet, VNet
 
 # %% ../nbs/09_actor.ipynb #09-003
-def actor_loss(*args,     # as `step_value`
-               **kwargs,  # as `step_value`
-              ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # loss, mean l_n
-    "Minus Eq. (16)."
-    value, penalty = step_value(*args, **kwargs)
+def actor_loss(actor: NoiseNet, behavior: NoiseNet,  # who learns, and against whom it is charged
+               q: QNet, v: VNet,                     # critics of both clocks (slow copies)
+               obs: Float[Tensor, "B S"],            # states
+               x: Float[Tensor, "B A"],              # noisy actions a^n, from noised data actions
+               n: Int[Tensor, "B"],                  # diffusion steps
+               noise: Float[Tensor, "B M A"],        # of the M samples of a^{n-1}
+               sched: Schedule, eta: float, rho: float,  # schedule, regularisation, pessimism
+               clip: float | None = 1.0,             # bound of the actions
+              ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    "Minus the objective of Eq. (16), averaged over the batch, and the mean price l_n of the actor's steps."
+    value, penalty = step_value(actor, behavior, q, v, obs, x, n, noise, sched, eta, rho, clip)
     return -value.mean(), penalty.detach().mean()

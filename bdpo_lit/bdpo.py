@@ -158,13 +158,13 @@ def update_critics(self: BDPO, batch) -> dict[str, Tensor]:
     c, (B, A) = self.config, batch.action.shape
     # upper clock, Eq. (13): M paths at the next state
     x_N, noise = self._normal(B, c.num_samples, A), self._normal(c.num_steps, B, c.num_samples, A)
-    next_action, penalty = rollout(self.actor.target, self.behavior.target, batch.next_obs, x_N, self.sched, c.solver, c.clip, noise)
+    next_action, penalty = rollout(self.actor.target, self.behavior.target, batch.next_obs, x_N, noise, self.sched, c.solver, c.clip)
     with torch.no_grad(): next_q = self.q.target(batch.next_obs.unsqueeze(1), next_action)
     target = q_target(batch.reward, batch.terminal, next_q, penalty, c.gamma, c.eta, c.rho, c.max_q)
     q = self.q.net(batch.obs, batch.action)
     # lower clock, Eq. (15): one reverse step from a noised data action
     n, x = self._noised(batch.action)
-    with torch.no_grad(): v_target, step_penalty = self._step_value(self.actor.target, batch.obs, x, n)
+    with torch.no_grad(): v_target, step_penalty = step_value(self.actor.target, **self._one_step(batch.obs, x, n))
     v = self.v.net(batch.obs, x, n)
     # both losses from the same parameters, then both steps
     q_loss, v_loss = value_loss(q, target), value_loss(v, v_target)
@@ -173,20 +173,20 @@ def update_critics(self: BDPO, batch) -> dict[str, Tensor]:
             "v/loss": v_loss.detach(), "v/mean": v.detach().mean(), "v/penalty": step_penalty.mean(), "v/grad_norm": v_norm}
 
 @patch
-def _step_value(self: BDPO, actor, obs, x, n):
+def _one_step(self: BDPO, obs, x, n) -> dict:
+    "What `step_value` and `actor_loss` need beside the actor: slow copies, fresh noise, settings."
     c = self.config
-    return step_value(actor, self.behavior.target, self.q.target, self.v.target, obs, x, n,
-                      self._normal(len(x), c.num_samples, x.shape[-1]), self.sched, c.eta, c.rho, c.clip)
+    return dict(behavior=self.behavior.target, q=self.q.target, v=self.v.target, obs=obs, x=x, n=n,
+                noise=self._normal(len(x), c.num_samples, x.shape[-1]), sched=self.sched, eta=c.eta, rho=c.rho, clip=c.clip)
 
 # %% ../nbs/10_bdpo.ipynb #10-009
 @patch
 def update_actor(self: BDPO, batch) -> dict[str, Tensor]:
     "One step of Eq. (16) for pi."
     n, x = self._noised(batch.action)
-    value, penalty = self._step_value(self.actor.net, batch.obs, x, n)
-    loss = -value.mean()
+    loss, penalty = actor_loss(self.actor.net, **self._one_step(batch.obs, x, n))
     norm = self.actor.step(loss)
-    return {"actor/loss": loss.detach(), "actor/penalty": penalty.detach().mean(), "actor/grad_norm": norm}
+    return {"actor/loss": loss.detach(), "actor/penalty": penalty, "actor/grad_norm": norm}
 
 # %% ../nbs/10_bdpo.ipynb #10-010
 @patch

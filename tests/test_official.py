@@ -173,8 +173,8 @@ def test_penalty(case):
 
 def test_rollout(case):
     agent, noise = case.agent, case.get("critic/step_noise")
-    action, penalty = rollout(agent.actor.target, agent.behavior.target, case.batch.next_obs, case.get("critic/xT"), case.sched, "ddpm",
-                              case.options["clip"], noise)
+    action, penalty = rollout(agent.actor.target, agent.behavior.target, case.batch.next_obs, case.get("critic/xT"), noise, case.sched,
+                              clip=case.options["clip"])
     case.close(action, "critic/next_action")
     case.close(penalty.mean(), "critic/metric/misc_q0_penalty")
 
@@ -204,8 +204,8 @@ def test_critic_update(case):
 def test_value_loss_and_targets_without_the_agent(case):
     "The same losses composed by hand from the exported functions, so that a reader can follow."
     a, b, o, n = case.agent, case.batch, case.options, case.steps("critic/t")
-    action, penalty = rollout(a.actor.target, a.behavior.target, b.next_obs, case.get("critic/xT"), case.sched, "ddpm", o["clip"],
-                              case.get("critic/step_noise"))
+    action, penalty = rollout(a.actor.target, a.behavior.target, b.next_obs, case.get("critic/xT"), case.get("critic/step_noise"), case.sched,
+                              clip=o["clip"])
     target = q_target(b.reward, b.terminal, a.q.target(b.next_obs.unsqueeze(1), action), penalty, GAMMA, ETA, o["rho"])
     case.close(value_loss(a.q.net(b.obs, b.action), target), "critic/metric/loss_q0_loss")
     x = case.get("critic/xt")
