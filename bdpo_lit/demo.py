@@ -152,8 +152,10 @@ def demo(preset: str = "short",            # "short" (minutes on two cores) or "
          seed: int = 0,                    # of weights, noise and data order
          run_dir: str | Path | None = None,  # where to keep the run; default runs/maze-PRESET-SEED
          episodes: int = 40,               # of the final contest, for each policy
+         threads: int = 1,                 # of torch: these matrices are too small to share between cores
         ) -> dict:                         # scores, and where they come from
     "Collect, clone, train, play, draw. Takes up an interrupted run; shows a finished one again."
+    torch.set_num_threads(threads)
     if preset not in PRESETS: raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     plan, start = PRESETS[preset], time.perf_counter()
     run_dir = Path(run_dir or f"runs/maze-{preset}-{seed}")
