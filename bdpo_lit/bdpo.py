@@ -159,7 +159,7 @@ def update_behavior(self: BDPO, batch) -> dict[str, Tensor]:
 
 @patch
 def start_actor(self: BDPO):
-    "pi <- nu: the actor and its copy start as the slow copy of the behaviour network, so that every penalty starts at zero."
+    "pi <- nu: actor and slow copy start as the slow copy of the behaviour network, so every penalty starts at zero."
     for net in (self.actor.net, self.actor.target): net.load_state_dict(self.behavior.target.state_dict())
 
 # %% ../nbs/10_bdpo.ipynb #10-020
@@ -192,7 +192,8 @@ def _one_step(self: BDPO, obs, x, n) -> dict:
     "What `step_value` and `actor_loss` need beside the actor: slow copies, fresh noise, settings."
     c = self.config
     return dict(behavior=self.behavior.target, q=self.q.target, v=self.v.target, obs=obs, x=x, n=n,
-                noise=self._normal(len(x), c.num_samples, x.shape[-1]), sched=self.sched, eta=c.eta, rho=c.rho, clip=c.clip)
+                noise=self._normal(len(x), c.num_samples, x.shape[-1]), sched=self.sched,
+                eta=c.eta, rho=c.rho, clip=c.clip)
 
 # %% ../nbs/10_bdpo.ipynb #10-024
 @patch
@@ -225,7 +226,8 @@ def act(self: BDPO, obs: Float[Tensor, "B S"],   # states
         generator: torch.Generator | None = None,  # of the draws; torch's global one if None
        ) -> Float[Tensor, "B A"]:
     "Actions in [-clip, clip] from the slow copy of a policy."
-    if how not in ("best", "sample", "softmax"): raise ValueError(f"how must be 'best', 'sample' or 'softmax', got {how!r}")
+    if how not in ("best", "sample", "softmax"):
+        raise ValueError(f"how must be 'best', 'sample' or 'softmax', got {how!r}")
     c, eps = self.config, getattr(self, learner).target.at(obs.unsqueeze(1))
     M = 1 if how == "sample" else num_actions
     x_N = torch.randn(len(obs), M, self.action_dim, generator=generator, device=self.device)
@@ -254,7 +256,7 @@ def policy(self: BDPO, how: str = "best",        # as `BDPO.act`
            learner: str = "actor",               # as `BDPO.act`
            seed: int = 0,                        # of its own random draws
           ) -> Callable[[np.ndarray], np.ndarray]:  # (n, S) to (n, A)
-    "The policy as a function of NumPy arrays, as `evaluate` takes it. Its draws do not touch the stream that training uses."
+    "The policy as `evaluate` takes it. Its draws do not touch the stream that training uses."
     generator = torch.Generator(self.device).manual_seed(seed)
     def play(obs: np.ndarray) -> np.ndarray:
         obs = torch.as_tensor(np.asarray(obs, np.float32), device=self.device)

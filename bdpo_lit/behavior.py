@@ -44,7 +44,7 @@ class GaussianPolicy(nn.Module):
 # %% ../nbs/07_behavior.ipynb #07-020
 def energy_distance(x: Float[Tensor, "P D"],  # samples of one distribution
                     y: Float[Tensor, "Q D"],  # samples of the other
-                   ) -> Float[Tensor, ""]:    # in units of x; around zero, and sometimes below it, for equal distributions
+                   ) -> Float[Tensor, ""]:    # in units of x; scatters around zero for equal distributions
     "Unbiased estimate of the squared energy distance 2 E|X-Y| - E|X-X'| - E|Y-Y'|."
-    P, Q = len(x), len(y)
-    return 2 * torch.cdist(x, y).mean() - torch.cdist(x, x).sum() / (P * (P - 1)) - torch.cdist(y, y).sum() / (Q * (Q - 1))
+    within = lambda z: torch.cdist(z, z).sum() / (len(z) * (len(z) - 1))
+    return 2 * torch.cdist(x, y).mean() - within(x) - within(y)

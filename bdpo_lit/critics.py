@@ -39,7 +39,8 @@ def rollout(actor: NoiseNet,                       # whose path
     for i, n in enumerate(range(sched.num_steps, 0, -1)):
         eps_actor, eps_behavior = both(x, n)
         penalty = penalty + step_kl(eps_actor, eps_behavior, n, sched)
-        x = ddim_step(x, eps_actor, n, sched, clip) if solver == "ddim" else ddpm_step(x, eps_actor, n, sched, noise[i], clip)
+        if solver == "ddim": x = ddim_step(x, eps_actor, n, sched, clip)
+        else: x = ddpm_step(x, eps_actor, n, sched, noise[i], clip)
     return x, penalty
 
 # %% ../nbs/08_critics.ipynb #08-020
@@ -52,7 +53,7 @@ def q_target(reward: Float[Tensor, "B"],       # r
              rho: float,                       # pessimism
              max_q: bool = False,              # best of the M samples instead of their mean
             ) -> Float[Tensor, "B"]:
-    "Upper target, Eq. (13) with Eq. (18). With `max_q` the penalty is still averaged over the M paths (as the official code)."
+    "Upper target, Eq. (13) with Eq. (18). With `max_q` the penalty is still averaged over all M paths."
     next_q = next_q.amax(-1) if max_q else next_q.mean(-1)
     return reward + gamma * (1 - terminal) * (lcb(next_q, rho) - eta * penalty.mean(-1))
 
@@ -79,7 +80,7 @@ def step_value(actor: NoiseNet, behavior: NoiseNet,  # whose step, and against w
                sched: Schedule, eta: float, rho: float,  # schedule, regularisation, pessimism
                clip: float | None = 1.0,             # bound of the actions
               ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
-    "Right-hand side of Eq. (15), -eta l_n(a^n) + E V_{n-1}(a^{n-1}), and l_n itself. Critics fit it; the actor climbs it (Eq. (16))."
+    "Right-hand side of Eq. (15), -eta l_n + E V_{n-1}, and l_n itself. Critics fit it, the actor climbs it: Eq. (16)."
     eps = actor(obs, x, n)
     with torch.no_grad(): eps_behavior = behavior(obs, x, n)
     penalty = step_kl(eps, eps_behavior, n, sched)

@@ -75,7 +75,8 @@ class EnsembleMLP(nn.Module):
              ) -> Float[Tensor, "K *B H"]:
         "What input i contributes to the first layer."
         w = self.layers[0].weight.split(self.in_dims, dim=1)[i]
-        return torch.bmm(x.reshape(len(x), -1, x.shape[-1]).expand(len(w), -1, -1), w).view(len(w), *x.shape[1:-1], w.shape[-1])
+        part = torch.bmm(x.reshape(len(x), -1, x.shape[-1]).expand(len(w), -1, -1), w)
+        return part.view(len(w), *x.shape[1:-1], w.shape[-1])
 
     def finish(self, *shares: Float[Tensor, "K *#B H"],  # contributions to the first layer
               ) -> Float[Tensor, "K *B out"]:

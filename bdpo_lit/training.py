@@ -8,24 +8,32 @@ __all__ = ['METRICS', 'CHECKPOINT', 'TrainConfig', 'RunError', 'save_checkpoint'
 
 # %% ../nbs/14_training.ipynb #14-003
 import csv
+import io
 import json
+import math
 import os
 import platform
+import secrets
 import signal
+import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+import gymnasium as gym
 import numpy as np
 import torch
 from fastcore.basics import patch
+from gymnasium.vector import VectorEnv
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 from .bdpo import BDPO, BDPOConfig
-from .data import DataError, Transitions
-from .evaluation import evaluate, normalized_score
+from .data import Batch, DataError, Transitions
+from .evaluation import evaluate as play_episodes
+from .evaluation import normalized_score, vectorize
 
 # %% ../nbs/14_training.ipynb #14-006
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class TrainConfig:
     pretrain_steps: int = 2_000_000  # behaviour updates before the main loop
     train_steps: int = 2_000_000     # updates of the main loop, the critics' warm-up included
     batch_size: int = 256            # transitions per update
-    seed: int = 0                    # of weights, data order and noise
+    seed: int = 0                    # of weights, data order, noise and evaluations
     device: str = "auto"             # "auto": a GPU if there is one; else as torch names it
     log_every: int = 1000            # updates between rows of metrics.csv (averages over them)
     eval_every: int = 50_000         # main-loop updates between evaluations; 0: only at the end
@@ -44,44 +52,74 @@ class TrainConfig:
     save_every: int = 50_000         # updates between checkpoints (one is always written at the end)
 
     def __post_init__(self):
-        for name, least in dict(pretrain_steps=0, train_steps=0, batch_size=1, log_every=1, eval_every=0, eval_episodes=1, num_actions=1, save_every=1).items():
-            if getattr(self, name) < least: raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.pretrain_steps + self.train_steps == 0: raise ValueError("pretrain_steps and train_steps are both 0: nothing to do")
-        if self.how not in ("best", "sample", "softmax"): raise ValueError(f"how must be 'best', 'sample' or 'softmax', got {self.how!r}")
+        least = dict(pretrain_steps=0, train_steps=0, batch_size=1, seed=0, log_every=1, eval_every=0, eval_episodes=1,
+                     num_actions=1, save_every=1)
+        for name, low in least.items():
+            x = getattr(self, name)
+            if not isinstance(x, int) or x < low:
+                raise ValueError(f"{name} must be a whole number of at least {low}, got {x!r}")
+        if self.pretrain_steps + self.train_steps == 0:
+            raise ValueError("pretrain_steps and train_steps are both 0, so there is nothing to do; give one of them")
+        if self.how not in ("best", "sample", "softmax"):
+            raise ValueError(f"how must be 'best', 'sample' or 'softmax', got {self.how!r}")
 
-# %% ../nbs/14_training.ipynb #14-009
+# %% ../nbs/14_training.ipynb #14-010
 METRICS = {  # name: (what, equation, healthy)
-    "behavior/loss": ("mean squared error of the predicted noise of nu", "Eq. (9)", "falls fast from 1, then flattens above 0: noise cannot be predicted exactly"),
-    "q/loss": ("squared error of Q", "Eq. (19)", "small against q/mean squared; grows with the values, does not explode"),
-    "q/mean": ("mean of Q on the data", "Eq. (13)", "rises, then settles; at most the largest reward / (1 - gamma)"),
-    "q/std": ("disagreement of the K members", "Eq. (18)", "small against q/mean; growth means the actor left the data"),
-    "q/penalty": ("price of a whole path at the next state, nats", "Eq. (11)", "0 at the start of the main loop, then a few nats at most"),
-    "q/grad_norm": ("gradient norm of Q before clipping", "-", "mostly below the clip, 1 in the paper"),
+    "behavior/loss": ("squared error of the noise predicted by nu", "Eq. (9)",
+                      "falls fast from 1, then flattens well above 0: noise cannot be predicted exactly"),
+    "q/loss": ("squared error of Q", "Eq. (19)", "grows with the values, but slower than their square"),
+    "q/mean": ("mean of Q on the data", "Eq. (13)",
+               "moves, then settles; never above the largest reward / (1 - gamma)"),
+    "q/std": ("disagreement of the K members of Q", "Eq. (18)",
+              "small against the values; growth is a bad sign, no growth is not a good one"),
+    "q/penalty": ("price of a whole path at the next state, nats", "Eq. (11)",
+                  "0 until the actor moves, then a few nats at most"),
+    "q/grad_norm": ("gradient norm of Q before clipping", "-", "no sudden jumps"),
     "v/loss": ("squared error of V_n", "Eq. (19)", "like q/loss"),
-    "v/mean": ("mean of V_n over noised data actions", "Eq. (15)", "follows q/mean closely"),
+    "v/mean": ("mean of V_n over noised data actions", "Eq. (15)", "follows q/mean from a little below"),
     "v/penalty": ("price of one step at noised data actions, nats", "Eq. (17)", "about q/penalty / N"),
-    "v/grad_norm": ("gradient norm of V_n before clipping", "-", "like q/grad_norm"),
-    "actor/loss": ("minus the value the actor climbs", "Eq. (16)", "about -v/mean"),
+    "v/grad_norm": ("gradient norm of V_n before clipping", "-", "no sudden jumps"),
+    "actor/loss": ("minus the value the actor climbs", "Eq. (16)", "near -v/mean"),
     "actor/penalty": ("price of one step of the actor in training, nats", "Eq. (17)", "like v/penalty"),
     "actor/grad_norm": ("gradient norm of the actor before clipping", "-", "no sudden jumps"),
 }
 
-# %% ../nbs/14_training.ipynb #14-011
+# %% ../nbs/14_training.ipynb #14-015
 class RunError(RuntimeError):
     "A run that cannot be started, continued or read; the message says what was found and what to do."
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    "Turn what the system says about a place it cannot write to into a `RunError`."
+    try: yield
+    except OSError as e:
+        raise RunError(f"cannot write {path}: {e.strerror or e}; choose another place, or free some space there") from e
+
+# %% ../nbs/14_training.ipynb #14-017
+def _replace(path: Path,      # the file
+             content: bytes): # all of it
+    "Write a file whole or not at all. Raises `RunError` if the place cannot be written."
+    draft = path.with_name(path.name + ".part")
+    with _writing(path):
+        try:
+            with open(draft, "wb") as f:
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())  # on the disk, not on its way there
+            os.replace(draft, path)
+        except OSError:
+            if draft.is_file(): draft.unlink()
+            raise
+
+# %% ../nbs/14_training.ipynb #14-020
 CHECKPOINT = dict(format="bdpo_lit", version=1)
 
 def save_checkpoint(path: Path,   # where
-                    state: dict): # tensors, numbers, strings, lists and dicts of them
-    "Write atomically. Raises `RunError` if the place cannot be written."
-    draft = path.with_name(path.name + ".part")
-    try:
-        with open(draft, "wb") as f:
-            torch.save(CHECKPOINT | state, f)
-            f.flush(); os.fsync(f.fileno())
-        os.replace(draft, path)
-    except OSError as e: raise RunError(f"cannot write the checkpoint {path}: {e.strerror}; free some space or choose another directory") from e
+                    state: dict): # tensors, numbers, words, and lists and dicts of them
+    "Write a checkpoint, whole or not at all. Raises `RunError` if the place cannot be written."
+    buffer = io.BytesIO()
+    torch.save(CHECKPOINT | state, buffer)
+    _replace(path, buffer.getbuffer())
 
 def load_checkpoint(path: str | Path,     # a .pt file, or a run directory (then its last.pt)
                     device: str = "cpu",  # where the tensors go
@@ -89,84 +127,99 @@ def load_checkpoint(path: str | Path,     # a .pt file, or a run directory (then
     "Read a checkpoint without executing anything in it. Raises `RunError` on anything that is not one of ours."
     path = Path(path)
     if path.is_dir(): path = path / "last.pt"
-    if not path.exists(): raise RunError(f"no checkpoint at {path}; expected a run directory or a .pt file written by bdpo_lit")
+    if not path.is_file():
+        raise RunError(f"no checkpoint at {path}; give a run directory or a .pt file written by bdpo_lit")
     try: state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as e: raise RunError(f"{path} is not a readable checkpoint ({type(e).__name__}); it may be truncated or foreign") from e
-    if not isinstance(state, dict) or state.get("format") != CHECKPOINT["format"]: raise RunError(f"{path} was not written by bdpo_lit")
-    if state["version"] != CHECKPOINT["version"]:
-        raise RunError(f"{path} has checkpoint version {state['version']}; this bdpo_lit reads version {CHECKPOINT['version']}: use the release that wrote it")
+    except Exception as e:
+        raise RunError(f"{path} is not a readable checkpoint ({type(e).__name__}): cut short, or not bdpo_lit's") from e
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT["format"]:
+        raise RunError(f"{path} is a file of torch, but not a checkpoint of bdpo_lit; give one that bdpo_lit wrote")
+    if state.get("version") != CHECKPOINT["version"]:
+        raise RunError(f"{path} is a checkpoint of version {state.get('version')}, and this bdpo_lit reads version "
+                       f"{CHECKPOINT['version']}; use the release that wrote it")
     return state
 
-# %% ../nbs/14_training.ipynb #14-012
-def _config_from(cls, saved: dict):
-    "A configuration from what JSON made of it."
-    unknown = set(saved) - {f.name for f in fields(cls)}
-    if unknown: raise RunError(f"the saved {cls.__name__} has fields this bdpo_lit does not know: {', '.join(sorted(unknown))}")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
-
-def pick_device(name: str = "auto") -> torch.device:
+# %% ../nbs/14_training.ipynb #14-025
+def pick_device(name: str = "auto",  # "auto", or as torch names it
+               ) -> torch.device:
     "`auto` is a GPU if there is one. Raises `RunError` for a device that is not there."
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as e: raise RunError(f"device {name!r} is not available here ({str(e).splitlines()[0]}); use 'auto' or 'cpu'") from e
+    try: return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        why = str(e).splitlines()[0]
+        raise RunError(f"device {name!r} is not available here ({why}); use 'auto' or 'cpu'") from e
 
 def load_agent(path: str | Path,      # run directory or checkpoint
-               device: str = "auto",  # where to put it
+               device: str = "auto",  # where to put it, whatever it was trained on
               ) -> BDPO:
-    "The agent of a saved run, ready to act or to be trained further."
+    "The agent of a saved run, ready to act. Before the main loop has begun, its actor is nu. Raises `RunError`."
     where = pick_device(device)
     state = load_checkpoint(path, str(where))
-    agent = BDPO(state["obs_dim"], state["action_dim"], _config_from(BDPOConfig, json.loads(state["algorithm"])), where)
+    config = {k: tuple(x) if isinstance(x, list) else x for k, x in state["algorithm"].items()}
+    agent = BDPO(state["obs_dim"], state["action_dim"], BDPOConfig(**config), where)
+    if state["device"] != where.type:  # the random streams of different kinds of device do not fit each other
+        state["agent"]["generator"] = agent.generator.get_state()
     agent.load_state_dict(state["agent"])
+    if state["steps"]["train"] == 0: agent.start_actor()
     return agent
 
-# %% ../nbs/14_training.ipynb #14-014
+# %% ../nbs/14_training.ipynb #14-028
 @contextmanager
 def stop_after_step() -> Iterator[threading.Event]:
     "Within the block the first Ctrl-C (or SIGTERM) sets the event; the second one interrupts as usual."
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
-        yield stop
-        return
-    old = {}
+    stop, old = threading.Event(), {}
+    def restore():
+        for s, handler in old.items(): signal.signal(s, handler)
     def note(signum, frame):
         stop.set()
-        for s, handler in old.items(): signal.signal(s, handler)
-    for s in (signal.SIGINT, signal.SIGTERM): old[s] = signal.signal(s, note)
+        restore()
+        print("\nstopping after this update (once more: at once)", file=sys.stderr)
+    if threading.current_thread() is threading.main_thread():  # the only one that signals reach
+        for s in (signal.SIGINT, signal.SIGTERM): old[s] = signal.signal(s, note)
     try: yield stop
-    finally:
-        for s, handler in old.items(): signal.signal(s, handler)
+    finally: restore()
 
-# %% ../nbs/14_training.ipynb #14-016
+# %% ../nbs/14_training.ipynb #14-031
 @dataclass(frozen=True)
 class Progress:
     "What the loop yields after each update."
-    phase: str                           # "pretrain" or "train"
-    step: int                            # updates made in this phase
-    total: int                           # updates this phase will have
-    metrics: dict[str, float] | None = None     # averages since the last row, when a row was logged
-    evaluation: dict[str, float] | None = None  # return, score, ... when an evaluation was made
+    phase: str                       # "pretrain" or "train"
+    step: int                        # updates made in this phase
+    total: int                       # updates this phase will have
+    metrics: dict | None = None      # averages since the last row, when a row was logged
+    evaluation: dict | None = None   # return, score, ... when an evaluation was made
 
-# %% ../nbs/14_training.ipynb #14-017
+# %% ../nbs/14_training.ipynb #14-033
+def _check_env(make_env: Callable | VectorEnv, data: Transitions):
+    "Raise `RunError` unless the environment's vectors have the lengths of the data's."
+    envs = make_env if isinstance(make_env, VectorEnv) else vectorize(make_env, 1)
+    S, shape = gym.spaces.flatdim(envs.single_observation_space), envs.single_action_space.shape
+    if envs is not make_env: envs.close()
+    if (S, shape) != (data.obs_dim, (data.action_dim,)):
+        raise RunError(f"the environment has observations of length {S} and actions of shape {shape}, the data set "
+                       f"{data.obs_dim} and {(data.action_dim,)}; they must agree")
+
+# %% ../nbs/14_training.ipynb #14-034
 class Training:
-    "A run: pretrain nu, start pi from it, then Algorithm 1's main loop."
-    def __init__(self, data: Transitions,                    # the data set
-                 config: TrainConfig = TrainConfig(),        # how long and how often
-                 algorithm: BDPOConfig = BDPOConfig(),       # what
-                 make_env: Callable | None = None,           # builds the evaluation environment; None: do not evaluate
-                 run_dir: str | Path | None = None,          # where to keep the run; None: nowhere
-                 resume: bool = False):                      # go on with the run in `run_dir`, if there is one
-        if config.batch_size > len(data): raise DataError(f"batch_size is {config.batch_size}, but the data set has only {len(data)} transitions")
-        self.config, self.algorithm, self.make_env = config, algorithm, make_env
+    "A run: fit nu, start pi from it, Algorithm 1's main loop. Raises `DataError` or `RunError` on what cannot work."
+    def __init__(self, data: Transitions,                         # the data set
+                 config: TrainConfig = TrainConfig(),             # how long and how often
+                 algorithm: BDPOConfig | None = None,             # what; None: the paper's defaults
+                 make_env: Callable | VectorEnv | None = None,    # as `evaluate` takes it; None: do not evaluate
+                 run_dir: str | Path | None = None,               # where to keep the run; None: nowhere
+                 resume: bool = False):                           # go on with the run in `run_dir`, if there is one
+        if config.batch_size > len(data):
+            raise DataError(f"batch_size is {config.batch_size}, but the data set has only {len(data)} transitions")
+        if make_env is not None: _check_env(make_env, data)
+        self.config, self.algorithm, self.make_env = config, algorithm or BDPOConfig(), make_env
         device = pick_device(config.device)
         self.data = data.to(device)
-        self.agent = BDPO(data.obs_dim, data.action_dim, algorithm, device, config.seed)
-        self.generator = torch.Generator(device).manual_seed(config.seed)  # order of the data
+        self.agent = BDPO(data.obs_dim, data.action_dim, self.algorithm, device, config.seed)
+        order, self.play_seed = np.random.SeedSequence(config.seed).generate_state(2).tolist()
+        self.order = torch.Generator(device).manual_seed(order)  # draws the batches
         self.steps = {"pretrain": 0, "train": 0}
-        self.sums, self.rows = {}, 0                                       # of the metrics since the last row
-        self.evaluations = []
+        self.sums, self.evaluations = {}, []                     # of metrics since the last row; all so far
+        self.whole = True                                        # False while an update is half made
         self.dir = None if run_dir is None else Path(run_dir)
         if self.dir is not None: self._open(resume)
 
@@ -175,154 +228,224 @@ class Training:
         "Whether all updates have been made."
         return self.steps["pretrain"] >= self.config.pretrain_steps and self.steps["train"] >= self.config.train_steps
 
-# %% ../nbs/14_training.ipynb #14-018
-@patch
-def run(self: Training) -> Iterator[Progress]:
-    "Make all updates that are left, yielding after each; Ctrl-C ends it after a whole update, with a checkpoint."
-    c, agent = self.config, self.agent
-    totals = {"pretrain": c.pretrain_steps, "train": c.train_steps}
-    with stop_after_step() as stop:
-        whole = True
-        try:
-            for phase, update in (("pretrain", agent.update_behavior), ("train", agent.update)):
-                if phase == "train" and self.steps["train"] == 0: agent.start_actor()
-                while self.steps[phase] < totals[phase] and not stop.is_set():
-                    whole = False
-                    metrics = update(self.data.sample(c.batch_size, self.generator))
-                    self.steps[phase] += 1
-                    progress = self._after(phase, totals[phase], metrics)
-                    whole = True
-                    yield progress
-                if stop.is_set(): return
-        finally:  # also when the consumer stops asking; never a half-made update
-            if self.dir is not None and whole: self.save("last.pt")
-
-@patch
-def _after(self: Training, phase, total, metrics) -> Progress:
-    "Log, evaluate and save when it is time."
-    c, step = self.config, self.steps[phase]
-    for key, x in metrics.items():
-        count, value = self.sums.get(key, (0, 0.0))
-        self.sums[key] = (count + 1, value + x)
-    last = step == total
-    logged = self._log(phase, step) if step % c.log_every == 0 or last else None
-    due = phase == "train" and self.make_env is not None and (last or (c.eval_every and step % c.eval_every == 0))
-    evaluation = self.evaluate() if due else None
-    if self.dir is not None and step % c.save_every == 0: self.save("last.pt")
-    return Progress(phase, step, total, logged, evaluation)
-
-# %% ../nbs/14_training.ipynb #14-020
+# %% ../nbs/14_training.ipynb #14-041
 class TrainingDiverged(RunError):
     "A metric is no longer a finite number."
 
+_ADVICE = {"pretrain": "Look for outliers among observations and actions, or try a smaller behavior_lr.",
+           "train": "Try smaller learning rates, a larger eta or more critics, or look for outliers among the rewards."}
+
 @patch
-def _log(self: Training, phase, step) -> dict[str, float]:
-    "Averages since the last row, to CSV and TensorBoard."
+def _means(self: Training) -> dict[str, float]:
+    "Averages since the last row. Raises `TrainingDiverged` unless all are finite."
     row = {key: float(value) / count for key, (count, value) in self.sums.items()}
-    self.sums = {}
-    bad = [key for key, x in row.items() if not np.isfinite(x)]
-    if bad:
-        kept = f"The last good checkpoint is in {self.dir}. " if self.dir is not None else ""
-        raise TrainingDiverged(f"{', '.join(bad)} became {row[bad[0]]} between updates {max(step - self.config.log_every, 0)} and {step} of phase '{phase}'. "
-                               f"{kept}Try a smaller learning rate, a larger eta, more critics, or look for outliers among the rewards.")
-    if self.dir is not None:
-        _append(self.dir / "metrics.csv", dict(phase=phase, step=step) | {key: row.get(key, "") for key in METRICS})
-        for key, x in row.items(): self.writer.add_scalar(f"{phase}/{key}", x, step)
+    if bad := [key for key, x in row.items() if not math.isfinite(x)]:
+        phase = "train" if self.steps["train"] else "pretrain"
+        kept = self.dir and (self.dir / "last.pt").exists()
+        kept = f"{self.dir / 'last.pt'} is from before. " if kept else ""
+        raise TrainingDiverged(f"{', '.join(bad)} became {row[bad[0]]} by update {self.steps[phase]} of phase "
+                               f"'{phase}'. {kept}{_ADVICE[phase]}")
     return row
 
-def _append(path: Path, row: dict):
-    "One more row of a CSV file."
-    new = not path.exists()
-    with open(path, "a", newline="") as f:
-        writer = csv.DictWriter(f, row)
-        if new: writer.writeheader()
-        writer.writerow(row)
-
-# %% ../nbs/14_training.ipynb #14-022
+# %% ../nbs/14_training.ipynb #14-042
 @patch
-def evaluate(self: Training, episodes: int | None = None) -> dict[str, float]:
-    "Play the current policy; returns return, score (if the data set has reference scores), their spread and success."
+def _log(self: Training, phase: str, total: int, metrics: dict) -> dict[str, float] | None:
+    "Add to the sums; when a row is due, write their averages and start anew."
+    for key, x in metrics.items():
+        count, value = self.sums.get(key, (0, 0.0))
+        self.sums[key] = (count + 1, value + x)
+    step = self.steps[phase]
+    if step % self.config.log_every and step != total: return None
+    row = self._means()
+    self.sums = {}
+    self._record("metrics.csv", ("phase", *METRICS), phase, step, row)
+    return row
+
+@patch
+def _record(self: Training, file: str, columns: tuple, phase: str, step: int, row: dict):
+    "One more row of a CSV file, and of TensorBoard's curves."
+    if self.dir is None: return
+    self._check_owner()
+    with _writing(self.dir / file), open(self.dir / file, "a", newline="") as f:
+        writer = csv.DictWriter(f, ("step", *columns), restval="", lineterminator="\n")
+        if f.tell() == 0: writer.writeheader()
+        writer.writerow(dict(step=step) | ({"phase": phase} if "phase" in columns else {}) | row)
+    for key, x in row.items():
+        self.writers[phase].add_scalar(key if "/" in key else f"evaluation/{key}", x, step)
+
+# %% ../nbs/14_training.ipynb #14-045
+@patch
+def evaluate(self: Training,
+             episodes: int | None = None,  # None: as configured
+            ) -> dict:                     # step, episodes, return, std, and success and score where they are known
+    "Play the current policy; changes and records nothing. Raises `RunError` without an environment."
+    if self.make_env is None: raise RunError("there is no environment to evaluate in; give make_env")
     c, meta = self.config, self.data.meta
-    played = evaluate(self.agent.policy(c.how, c.num_actions, seed=c.seed), self.make_env, episodes or c.eval_episodes, seed=c.seed)
-    result = dict(step=self.steps["train"], episodes=len(played), **{"return": float(played.returns.mean()), "std": float(played.returns.std())})
+    policy = self.agent.policy(c.how, c.num_actions, seed=self.play_seed)
+    played = play_episodes(policy, self.make_env, episodes or c.eval_episodes, seed=c.seed)
+    result = dict(step=self.steps["train"], episodes=len(played))
+    result |= {"return": float(played.returns.mean()), "std": float(played.returns.std())}
     if played.success is not None: result["success"] = played.success_rate
-    if meta.get("ref_max_score") is not None:
-        result["score"] = float(normalized_score(played.returns, meta["ref_min_score"], meta["ref_max_score"]).mean())
-    best = max((e["return"] for e in self.evaluations), default=-np.inf)
-    self.evaluations.append(result)
-    if self.dir is not None:
-        _append(self.dir / "evaluations.csv", result)
-        for key in ("return", "score", "success"):
-            if key in result: self.writer.add_scalar(f"evaluation/{key}", result[key], result["step"])
-        if result["return"] > best: self.save("best.pt")
+    lo, hi = meta.get("ref_min_score"), meta.get("ref_max_score")
+    if None not in (lo, hi): result["score"] = float(normalized_score(played.returns, lo, hi).mean())
     return result
 
-# %% ../nbs/14_training.ipynb #14-024
+# %% ../nbs/14_training.ipynb #14-047
+@patch
+def _evaluation_due(self: Training) -> bool:
+    "Every eval_every updates of the main loop and at its end, once."
+    c, step = self.config, self.steps["train"]
+    now = step > 0 and (step >= c.train_steps or (c.eval_every > 0 and step % c.eval_every == 0))
+    return self.make_env is not None and now and all(e["step"] != step for e in self.evaluations)
+
+@patch
+def _judge(self: Training) -> dict:
+    "Evaluate, record, and keep the best."
+    result, best = self.evaluate(), max((e["return"] for e in self.evaluations), default=-math.inf)
+    self.evaluations.append(result)
+    numbers = {k: x for k, x in result.items() if k != "step"}
+    self._record("evaluations.csv", ("episodes", "return", "std", "success", "score"), "train", result["step"], numbers)
+    if result["return"] > best: self.save("best.pt")
+    return result
+
+# %% ../nbs/14_training.ipynb #14-049
+@patch
+def run(self: Training) -> Iterator[Progress]:
+    "Make all updates that are left, yielding after each. Saves when closed, or when the consumer stops asking."
+    if not self.whole: raise RunError("an update was interrupted half-way; make a new Training with resume=True")
+    c, agent = self.config, self.agent
+    try:
+        if self._evaluation_due(): self._judge()  # interrupted in an evaluation: make it now
+        for phase, update, total in (("pretrain", agent.update_behavior, c.pretrain_steps),
+                                     ("train", agent.update, c.train_steps)):
+            if phase == "train" and self.steps["train"] == 0: agent.start_actor()
+            while self.steps[phase] < total:
+                self.whole = False
+                metrics = update(self.data.sample(c.batch_size, self.order))
+                self.steps[phase] += 1
+                row = self._log(phase, total, metrics)
+                self.whole = True
+                played = self._judge() if phase == "train" and self._evaluation_due() else None
+                if self.steps[phase] % c.save_every == 0: self.save()
+                yield Progress(phase, self.steps[phase], total, row, played)
+    finally:
+        if self.whole: self.save()  # a half-made update is not worth keeping: the checkpoint before it is
+
+# %% ../nbs/14_training.ipynb #14-051
+@patch
+def save(self: Training,
+         name: str = "last.pt"): # of the file in the run directory
+    "Write all that a later process needs to go on exactly here; without a directory, nothing. Raises `RunError`."
+    if self.dir is None: return
+    self._check_owner()
+    self._means()  # never overwrite a good checkpoint with a broken agent
+    agent = self.agent
+    save_checkpoint(self.dir / name, dict(
+        obs_dim=agent.obs_dim, action_dim=agent.action_dim, algorithm=_plain(self.algorithm), device=agent.device.type,
+        agent=agent.state_dict(), order=self.order.get_state(),
+        steps=self.steps, sums=self.sums, evaluations=self.evaluations))
+    for writer in self.writers.values(): writer.flush()
+
+def _plain(config) -> dict:
+    "A configuration as JSON has it: lists for tuples, plain numbers for NumPy's."
+    return json.loads(json.dumps(asdict(config), default=lambda x: x.item()))
+
+# %% ../nbs/14_training.ipynb #14-063
+_MAY_CHANGE = {"train_steps", "log_every", "eval_every", "eval_episodes", "save_every", "device", "how", "num_actions"}
+
+def _identity(data: Transitions) -> dict:
+    "What the data set is; the checksum changes when any number in it does (scaled rewards, say)."
+    crc = 0
+    for name in Batch._fields: crc = zlib.crc32(np.ascontiguousarray(getattr(data, name).cpu().numpy()), crc)
+    return dict(id=data.meta.get("id"), transitions=len(data), crc32=f"{crc:08x}")
+
 def _versions() -> dict[str, str]:
     "Of everything a result depends on."
     packages = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari", "bdpo_lit")
     return dict(python=platform.python_version()) | {p: version(p) for p in packages}
 
+# %% ../nbs/14_training.ipynb #14-064
+def _compare(path: Path,  # config.json of the run
+             now: dict,   # what we are told now
+            ) -> dict:    # what it was told then
+    "Raise `RunError` if the two disagree on what may not change."
+    try:
+        then = json.loads(path.read_text())
+        differ = [f"{k} is {then[part][k]!r} there and {x!r} here" for part in now for k, x in now[part].items()
+                  if k not in _MAY_CHANGE and then[part][k] != x]
+        if differ: raise RunError(f"{path.parent} holds a run with other settings: {'; '.join(differ)}. "
+                                  "Resume it with its own settings, or choose another directory")
+        return then | {"versions": list(then["versions"])}
+    except (ValueError, KeyError, TypeError) as e:
+        raise RunError(f"{path} is damaged, or was not written by this bdpo_lit; choose another directory") from e
+
+# %% ../nbs/14_training.ipynb #14-066
 @patch
 def _open(self: Training, resume: bool):
-    "Make or take up the run directory."
-    config = dict(train=asdict(self.config), algorithm=asdict(self.algorithm), data=self.data.meta.get("id"), versions=_versions())
-    try:
-        self.dir.mkdir(parents=True, exist_ok=True)
-        if (self.dir / "config.json").exists():
-            if not resume: raise RunError(f"{self.dir} already holds a run; choose another directory, or resume it (resume=True, --resume)")
-            self._resume(config)
-        else: (self.dir / "config.json").write_text(json.dumps(config, indent=2))
-        self.writer = SummaryWriter(self.dir / "tensorboard", purge_step=self.steps["train"] or None)
-    except OSError as e: raise RunError(f"cannot write to the run directory {self.dir}: {e.strerror}; choose another one") from e
+    "Make the run directory, or take it up; from then on it is ours."
+    path, versions = self.dir / "config.json", [_versions()]
+    now = dict(train=_plain(self.config), algorithm=_plain(self.algorithm), data=_identity(self.data))
+    with _writing(self.dir): self.dir.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        if not resume:
+            raise RunError(f"{self.dir} already holds a run; choose another directory, or resume it (resume=True)")
+        then = _compare(path, now)["versions"]
+        versions = then + [v for v in versions if v != then[-1]]
+    self.token = secrets.token_hex(8)
+    _replace(self.dir / "owner", self.token.encode())
+    self._resume()
+    _replace(path, json.dumps(now | dict(versions=versions), indent=2).encode())
+    with _writing(self.dir):
+        self.writers = {phase: SummaryWriter(self.dir / "tensorboard" / phase, purge_step=step + 1)
+                        for phase, step in self.steps.items()}
 
 @patch
-def _resume(self: Training, config: dict):
-    "Take up networks, optimisers, counters and random streams where the last checkpoint left them."
-    saved = json.loads((self.dir / "config.json").read_text())
-    may_change = {"train_steps", "log_every", "eval_every", "eval_episodes", "save_every", "device", "how", "num_actions"}
-    now = json.loads(json.dumps(config))
-    differ = [k for part in ("train", "algorithm") for k in now[part] if k not in may_change and now[part][k] != saved[part].get(k)]
-    if now["data"] != saved["data"]: differ.append("data")
-    if differ: raise RunError(f"{self.dir} holds a run with other settings ({', '.join(differ)}); resume it with the same ones, or choose another directory")
-    if not (self.dir / "last.pt").exists(): return  # stopped before its first checkpoint: begin again
-    state = load_checkpoint(self.dir, str(self.agent.device))
-    self.agent.load_state_dict(state["agent"])
-    self.generator.set_state(state["order"].cpu())
-    self.steps, self.sums, self.evaluations = state["steps"], {k: tuple(v) for k, v in state["sums"].items()}, state["evaluations"]
-    _forget_after(self.dir / "metrics.csv", lambda row: int(row["step"]) <= self.steps[row["phase"]])
-    _forget_after(self.dir / "evaluations.csv", lambda row: int(row["step"]) <= self.steps["train"])
+def _check_owner(self: Training):
+    "Raise `RunError` if the directory has been opened again since, or is gone."
+    try: owner = (self.dir / "owner").read_text()
+    except OSError: owner = None
+    if owner != self.token: raise RunError(f"{self.dir} was removed, or taken over by another run; this one stops here")
 
-def _forget_after(path: Path, keep: Callable):
-    "Drop the rows that were written after the checkpoint: they will be written again."
+# %% ../nbs/14_training.ipynb #14-068
+@patch
+def _resume(self: Training):
+    "Take up agent, order and bookkeeping where the last checkpoint left them; without one, begin again."
+    if (self.dir / "last.pt").exists():
+        state, here = load_checkpoint(self.dir, str(self.agent.device)), self.agent.device.type
+        if state["device"] != here:
+            raise RunError(f"{self.dir} was trained on {state['device']!r} and this is {here!r}, whose random numbers "
+                           f"differ; resume it with device={state['device']!r} (load_agent takes the agent anywhere)")
+        self.agent.load_state_dict(state["agent"])
+        self.order.set_state(state["order"].cpu())
+        self.steps, self.sums, self.evaluations = state["steps"], state["sums"], state["evaluations"]
+    _forget(self.dir / "metrics.csv", lambda row: int(row["step"]) > self.steps[row["phase"]])
+    _forget(self.dir / "evaluations.csv", lambda row: all(e["step"] != int(row["step"]) for e in self.evaluations))
+
+def _forget(path: Path,       # a CSV file; it need not exist
+            what: Callable):  # row -> whether to drop it
+    "Drop rows, and a last line that was cut short."
     if not path.exists(): return
-    with open(path, newline="") as f: rows = list(csv.DictReader(f))
-    path.unlink()
-    for row in rows:
-        if keep(row): _append(path, row)
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line, row in zip(lines[1:], csv.DictReader(lines)) if not what(row)]
+    _replace(path, "".join(lines[:1] + kept).encode() if kept else b"")
 
-@patch
-def save(self: Training, name: str = "last.pt"):
-    "Write a checkpoint into the run directory: all that a later process needs to go on exactly here."
-    save_checkpoint(self.dir / name, dict(
-        obs_dim=self.agent.obs_dim, action_dim=self.agent.action_dim, algorithm=json.dumps(asdict(self.algorithm)), agent=self.agent.state_dict(),
-        order=self.generator.get_state(), steps=dict(self.steps), sums={k: list(v) for k, v in self.sums.items()}, evaluations=list(self.evaluations)))
-
-# %% ../nbs/14_training.ipynb #14-026
-def watch(training: Training,                                     # the run
-          show: tuple[str, ...] = ("behavior/loss", "q/mean", "q/penalty"),  # metrics beside the bar
-         ) -> list[dict]:                                          # all evaluations
-    "Drive a run to its end (or to Ctrl-C) behind a progress bar for each phase."
+# %% ../nbs/14_training.ipynb #14-081
+def watch(training: Training,                                              # the run
+          show: tuple[str, ...] = ("behavior/loss", "q/mean", "q/penalty"), # metrics beside the bar
+         ) -> list[dict]:                                                  # all evaluations
+    "Drive a run to its end, or to Ctrl-C, behind a progress bar for each phase. Either way it is saved."
     bar, beside = None, {}
-    try:
-        for p in training.run():
-            if bar is None or bar.desc != p.phase:
-                if bar is not None: bar.close()
-                bar = tqdm(total=p.total, initial=p.step - 1, desc=p.phase, unit="update", dynamic_ncols=True)
-            if p.metrics: beside |= {k: f"{p.metrics[k]:.3g}" for k in show if k in p.metrics}
-            if p.evaluation: beside |= {k: f"{p.evaluation[k]:.1f}" for k in ("score", "return") if k in p.evaluation}
-            if p.metrics or p.evaluation: bar.set_postfix(beside, refresh=False)
-            bar.update()
-    finally:
-        if bar is not None: bar.close()
+    with stop_after_step() as stop, closing(training.run()) as updates:
+        try:
+            for p in updates:
+                if bar is None or bar.desc != p.phase:
+                    if bar is not None: bar.close()
+                    bar = tqdm(total=p.total, initial=p.step - 1, desc=p.phase, unit="update", dynamic_ncols=True)
+                beside |= {k: f"{x:.3g}" for k, x in (p.metrics or {}).items() if k in show}
+                beside |= {k: f"{x:.1f}" for k, x in (p.evaluation or {}).items() if k in ("score", "return")}
+                if p.metrics or p.evaluation: bar.set_postfix(beside, refresh=False)
+                bar.update()
+                if stop.is_set(): break
+        finally:
+            if bar is not None: bar.close()
     return training.evaluations
