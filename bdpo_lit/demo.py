@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
-from urllib.request import urlopen
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from .maze import MAZE_ID, cell_center, collect_maze, draw_maze, episode_gif, ma
 from .style import COLORS, use_style
 from .training import TrainConfig, Training, watch
 
-# %% ../nbs/15_maze_demo.ipynb #15-005
+# %% ../nbs/15_maze_demo.ipynb #15-006
 @dataclass(frozen=True)
 class Preset:
     "A budget and an algorithm that fit each other."
@@ -38,18 +37,21 @@ class Preset:
     algorithm: BDPOConfig
 
 _SHORT = Preset(
-    TrainConfig(pretrain_steps=6000, train_steps=10_000, batch_size=128, log_every=250, eval_every=1000, eval_episodes=20, how="sample", save_every=2500),
-    BDPOConfig(eta=0.1, rho=1.0, gamma=0.97, num_critics=4, num_samples=2, actor_hidden=(64,) * 3, critic_hidden=(64,) * 2, time_dim=16,
-               q_layer_norm=True, behavior_lr=1e-3, actor_lr=3e-4, critic_lr=5e-4, actor_decay_steps=5000, critic_decay_steps=None,
+    TrainConfig(pretrain_steps=6000, train_steps=10_000, batch_size=128, log_every=250,
+                eval_every=1000, eval_episodes=20, how="sample", save_every=2500),
+    BDPOConfig(eta=0.1, rho=1.0, gamma=0.97, num_critics=4, num_samples=2, q_layer_norm=True,
+               actor_hidden=(64,) * 3, critic_hidden=(64,) * 2, time_dim=16,
+               behavior_lr=1e-3, actor_lr=3e-4, critic_lr=5e-4, actor_decay_steps=5000, critic_decay_steps=None,
                ema=0.02, actor_every=2, warmup_steps=1000))
 PRESETS = {
     "short": _SHORT,
-    "long": Preset(replace(_SHORT.train, pretrain_steps=15_000, train_steps=20_000, batch_size=256, eval_every=2000),
-                   replace(_SHORT.algorithm, num_critics=8, num_samples=4, actor_hidden=(128,) * 3, critic_hidden=(128,) * 2,
-                           actor_decay_steps=10_000, ema=0.01, warmup_steps=2000)),
+    "long": Preset(
+        replace(_SHORT.train, pretrain_steps=15_000, train_steps=15_000, batch_size=256, eval_every=1500),
+        replace(_SHORT.algorithm, num_critics=8, num_samples=4, actor_hidden=(96,) * 3, critic_hidden=(96,) * 2,
+                actor_decay_steps=7500, warmup_steps=1500)),
 }
 
-# %% ../nbs/15_maze_demo.ipynb #15-006
+# %% ../nbs/15_maze_demo.ipynb #15-009
 def fit_gaussian(data: Transitions,          # the data set
                  steps: int = 4000,          # updates
                  batch_size: int = 256,      # transitions per update
@@ -71,7 +73,7 @@ def fit_gaussian(data: Transitions,          # the data set
         return (d.mean + d.stddev * torch.randn(d.mean.shape, generator=g)).clamp(-1, 1).numpy()
     return play
 
-# %% ../nbs/15_maze_demo.ipynb #15-008
+# %% ../nbs/15_maze_demo.ipynb #15-015
 def contest(agent: BDPO,                  # trained
             gaussian: Callable,           # the Gaussian clone
             episodes: int = 40,           # for each
@@ -84,10 +86,12 @@ def contest(agent: BDPO,                  # trained
                "BDPO, best of 4": agent.policy("best", 4, seed=seed),
                "BDPO, best of 10": agent.policy("best", 10, seed=seed)}
     envs = vectorize(make_maze_env, 20)
-    try: return {name: evaluate(play, envs, episodes, seed, trajectories=True) for name, play in tqdm(players.items(), desc="playing", unit="policy")}
+    try:
+        return {name: evaluate(play, envs, episodes, seed, trajectories=True)
+                for name, play in tqdm(players.items(), desc="playing", unit="policy")}
     finally: envs.close()
 
-# %% ../nbs/15_maze_demo.ipynb #15-010
+# %% ../nbs/15_maze_demo.ipynb #15-017
 def draw_contest(played: dict[str, Evaluation],  # as `contest` returns it
                  ref_max: float = 1.0,           # return that counts as 100
                 ) -> plt.Figure:
@@ -105,20 +109,23 @@ def draw_curves(run_dir: str | Path) -> plt.Figure:
     ev, m = np.atleast_1d(read("evaluations.csv")), read("metrics.csv")
     m = m[m["phase"] == "train"]
     fig, axes = plt.subplots(1, 3, figsize=(8.4, 2.4))
-    axes[0].plot(ev["step"], ev["score"], "o-", color=COLORS["actor"]); axes[0].set(title="score, one sample", xlabel="updates")
-    axes[1].plot(m["step"], m["qmean"], color=COLORS["value"], label="$Q$"); axes[1].plot(m["step"], m["vmean"], ":", color="black", label="$V_n$")
-    axes[1].set(title="mean value on the data", xlabel="updates"); axes[1].legend()
-    axes[2].plot(m["step"], m["qpenalty"], color=COLORS["behavior"]); axes[2].set(title="price of a path, nats", xlabel="updates")
+    axes[0].plot(ev["step"], ev["score"], "o-", color=COLORS["actor"])
+    axes[1].plot(m["step"], m["qmean"], color=COLORS["value"], label="$Q$")
+    axes[1].plot(m["step"], m["vmean"], ":", color="black", label="$V_n$")
+    axes[1].legend()
+    axes[2].plot(m["step"], m["qpenalty"], color=COLORS["behavior"])
+    for ax, title in zip(axes, ("score, one sample", "mean value on the data", "price of a path, nats")):
+        ax.set(title=title, xlabel="updates")
     return fig
 
-# %% ../nbs/15_maze_demo.ipynb #15-011
+# %% ../nbs/15_maze_demo.ipynb #15-019
 @torch.no_grad()
 def draw_landscape(agent: BDPO,                                      # trained
-                   obs: tuple[float, ...] = (*cell_center(2, 3), 0.0, 0.0),  # a state; default: at rest, half way up the U
+                   obs: tuple[float, ...] = (*cell_center(2, 3), 0.0, 0.0),  # a state; at rest, half way up the U
                    particles: int = 80,                              # paths drawn
                    seed: int = 0,                                    # of the paths
                   ) -> plt.Figure:
-    "V_n over noisy actions for n = N..0, with the actor's (and the behaviour policy's) a^n on top. Two action components only."
+    "V_n over noisy actions, n = N..0, with the a^n of actor and behaviour policy. For two action components."
     c, s = agent.config, torch.tensor([obs], device=agent.device)
     grid = torch.linspace(-1.6, 1.6, 61, device=agent.device)
     x = torch.stack(torch.meshgrid(grid, grid, indexing="xy"), -1).reshape(1, -1, 2)
@@ -126,7 +133,8 @@ def draw_landscape(agent: BDPO,                                      # trained
     for learner in ("behavior", "actor"):
         g = torch.Generator(agent.device).manual_seed(seed)
         x_N = torch.randn(1, particles, 2, generator=g, device=agent.device)
-        walk = list(reverse_path(getattr(agent, learner).target.at(s.unsqueeze(1)), x_N, agent.sched, clip=c.clip, generator=g))
+        eps = getattr(agent, learner).target.at(s.unsqueeze(1))
+        walk = list(reverse_path(eps, x_N, agent.sched, clip=c.clip, generator=g))
         paths[learner] = {n: a[0].cpu() for n, a, _, _ in walk} | {0: walk[-1][-1][0].cpu()}
     fig, axes = plt.subplots(1, c.num_steps + 1, figsize=(1.7 * (c.num_steps + 1), 2.1), sharey=True)
     for ax, n in zip(axes, range(c.num_steps, -1, -1)):
@@ -134,32 +142,38 @@ def draw_landscape(agent: BDPO,                                      # trained
         ax.contourf(grid.cpu(), grid.cpu(), v.mean(0).reshape(61, 61).cpu(), 20, cmap="Greys")
         for learner, mark in (("behavior", "x"), ("actor", "o")):
             ax.scatter(*paths[learner][n].T, s=7, marker=mark, lw=0.7, color=COLORS[learner])
-        ax.set(title="$Q(s, a)$" if n == 0 else f"$V_{{{n}}}(s, a^{{{n}}})$", xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), aspect="equal"); ax.grid(False)
+        ax.set(title="$Q(s, a)$" if n == 0 else f"$V_{{{n}}}(s, a^{{{n}}})$", xlim=(-1.6, 1.6), ylim=(-1.6, 1.6),
+               aspect="equal")
+        ax.grid(False)
     return fig
 
-# %% ../nbs/15_maze_demo.ipynb #15-013
+# %% ../nbs/15_maze_demo.ipynb #15-021
 def provenance() -> dict:
     "Where a number comes from: command, version of the code, machine, date."
     try:
-        head = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10, cwd=Path(__file__).parent)
+        head = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10,
+                              cwd=Path(__file__).parent)
         commit = head.stdout.strip() or "unknown"
     except OSError: commit = "unknown"
-    return dict(command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit, date=date.today().isoformat(), torch=torch.__version__,
-                python=platform.python_version(), machine=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads())
+    return dict(command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit, date=date.today().isoformat(),
+                torch=torch.__version__, python=platform.python_version(), machine=platform.machine(),
+                cores=os.cpu_count(), threads=torch.get_num_threads())
 
-# %% ../nbs/15_maze_demo.ipynb #15-014
+# %% ../nbs/15_maze_demo.ipynb #15-022
 def demo(preset: str = "short",            # "short" (minutes on two cores) or "long"
          seed: int = 0,                    # of weights, noise and data order
          run_dir: str | Path | None = None,  # where to keep the run; default runs/maze-PRESET-SEED
          episodes: int = 40,               # of the final contest, for each policy
          threads: int = 1,                 # of torch: these matrices are too small to share between cores
+         num_steps: int = 50_000,          # transitions to collect
         ) -> dict:                         # scores, and where they come from
     "Collect, clone, train, play, draw. Takes up an interrupted run; shows a finished one again."
-    torch.set_num_threads(threads)
     if preset not in PRESETS: raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    if episodes < 1: raise ValueError(f"episodes must be at least 1, got {episodes}")
+    torch.set_num_threads(threads)
     plan, start = PRESETS[preset], time.perf_counter()
     run_dir = Path(run_dir or f"runs/maze-{preset}-{seed}")
-    collect_maze()
+    collect_maze(num_steps)
     data = load_minari(MAZE_ID)
     envs = vectorize(make_maze_env, 20)
     training = Training(data, replace(plan.train, seed=seed, device="cpu"), plan.algorithm, envs, run_dir, resume=True)
@@ -171,22 +185,28 @@ def demo(preset: str = "short",            # "short" (minutes on two cores) or "
         return {}
     played = contest(training.agent, fit_gaussian(data, seed=seed), episodes)
     lo, hi = data.meta["ref_min_score"], data.meta["ref_max_score"]
-    result = dict(preset=preset, seed=seed, train_seconds=round(trained), seconds=round(time.perf_counter() - start), provenance=provenance(),
-                  ref_min=lo, ref_max=hi, config=dict(train=asdict(plan.train), algorithm=asdict(plan.algorithm)),
+    result = dict(preset=preset, seed=seed, train_seconds=round(trained), seconds=round(time.perf_counter() - start),
+                  provenance=provenance(), ref_min=lo, ref_max=hi,
+                  config=dict(train=asdict(plan.train), algorithm=asdict(plan.algorithm)),
                   evaluations=training.evaluations, scores={name: _score(e, lo, hi) for name, e in played.items()})
     (run_dir / "results.json").write_text(json.dumps(result, indent=1))
     _draw_all(run_dir, training.agent, played, hi)
     print("\n" + score_table(played, lo, hi) + f"\n\nPictures, metrics and checkpoints: {run_dir.resolve()}")
     return result
 
+# %% ../nbs/15_maze_demo.ipynb #15-023
 def _score(e: Evaluation, lo: float, hi: float) -> dict:
     score = normalized_score(e.returns, lo, hi)
-    return dict(score=float(score.mean()), interval=bootstrap_interval(score), success=e.success_rate, returns=e.returns.tolist())
+    return dict(score=float(score.mean()), interval=bootstrap_interval(score), success=e.success_rate,
+                returns=e.returns.tolist())
 
 def _draw_all(run_dir: Path, agent: BDPO, played: dict[str, Evaluation], ref_max: float):
     use_style()
-    for name, fig in (("trajectories", draw_contest(played, ref_max)), ("curves", draw_curves(run_dir)), ("landscape", draw_landscape(agent))):
+    figures = dict(trajectories=draw_contest(played, ref_max), curves=draw_curves(run_dir),
+                   landscape=draw_landscape(agent))
+    for name, fig in figures.items():
         fig.savefig(run_dir / f"{name}.png")
         plt.close(fig)
     best = played["BDPO, best of 10"]
-    episode_gif(run_dir / "agent.gif", best.trajectories[int(np.argsort(best.returns)[len(best) // 2])])  # the median episode
+    median = best.trajectories[int(np.argsort(best.returns)[len(best) // 2])]
+    episode_gif(run_dir / "agent.gif", median)
