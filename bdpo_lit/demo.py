@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+import bdpo_lit
 from .bdpo import BDPO, BDPOConfig
 from .behavior import GaussianPolicy
 from .data import Transitions, load_minari
@@ -152,10 +153,11 @@ def provenance() -> dict:
     "Where a number comes from: command, version of the code, machine, date."
     try:
         head = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10,
-                              cwd=Path(__file__).parent)
+                              cwd=Path(bdpo_lit.__file__).parent)
         commit = head.stdout.strip() or "unknown"
     except OSError: commit = "unknown"
-    return dict(command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit, date=date.today().isoformat(),
+    command = "notebook" if "ipykernel" in sys.argv[0] else " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return dict(command=command, commit=commit, date=date.today().isoformat(),
                 torch=torch.__version__, python=platform.python_version(), machine=platform.machine(),
                 cores=os.cpu_count(), threads=torch.get_num_threads())
 

@@ -223,6 +223,6 @@ class VNet(nn.Module):
 @torch.no_grad()
 def ema_update(target: nn.Module,  # follows
                source: nn.Module,  # leads
-               rate: float):       # kappa, share of the source taken over at each call
+               rate: float):       # tau, share of the source taken over at each call
     "theta_bar <- (1 - rate) theta_bar + rate theta, for all parameters in one call."
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)

@@ -179,7 +179,7 @@ def stop_after_step() -> Iterator[threading.Event]:
     try: yield stop
     finally: restore()
 
-# %% ../nbs/14_training.ipynb #14-031
+# %% ../nbs/14_training.ipynb #14-033
 @dataclass(frozen=True)
 class Progress:
     "What the loop yields after each update."
@@ -189,7 +189,7 @@ class Progress:
     metrics: dict | None = None      # averages since the last row, when a row was logged
     evaluation: dict | None = None   # return, score, ... when an evaluation was made
 
-# %% ../nbs/14_training.ipynb #14-033
+# %% ../nbs/14_training.ipynb #14-035
 def _check_env(make_env: Callable | VectorEnv, data: Transitions):
     "Raise `RunError` unless the environment's vectors have the lengths of the data's."
     envs = make_env if isinstance(make_env, VectorEnv) else vectorize(make_env, 1)
@@ -199,7 +199,7 @@ def _check_env(make_env: Callable | VectorEnv, data: Transitions):
         raise RunError(f"the environment has observations of length {S} and actions of shape {shape}, the data set "
                        f"{data.obs_dim} and {(data.action_dim,)}; they must agree")
 
-# %% ../nbs/14_training.ipynb #14-034
+# %% ../nbs/14_training.ipynb #14-036
 class Training:
     "A run: fit nu, start pi from it, Algorithm 1's main loop. Raises `DataError` or `RunError` on what cannot work."
     def __init__(self, data: Transitions,                         # the data set
@@ -228,7 +228,7 @@ class Training:
         "Whether all updates have been made."
         return self.steps["pretrain"] >= self.config.pretrain_steps and self.steps["train"] >= self.config.train_steps
 
-# %% ../nbs/14_training.ipynb #14-041
+# %% ../nbs/14_training.ipynb #14-043
 class TrainingDiverged(RunError):
     "A metric is no longer a finite number."
 
@@ -247,7 +247,7 @@ def _means(self: Training) -> dict[str, float]:
                                f"'{phase}'. {kept}{_ADVICE[phase]}")
     return row
 
-# %% ../nbs/14_training.ipynb #14-042
+# %% ../nbs/14_training.ipynb #14-044
 @patch
 def _log(self: Training, phase: str, total: int, metrics: dict) -> dict[str, float] | None:
     "Add to the sums; when a row is due, write their averages and start anew."
@@ -273,7 +273,7 @@ def _record(self: Training, file: str, columns: tuple, phase: str, step: int, ro
     for key, x in row.items():
         self.writers[phase].add_scalar(key if "/" in key else f"evaluation/{key}", x, step)
 
-# %% ../nbs/14_training.ipynb #14-045
+# %% ../nbs/14_training.ipynb #14-047
 @patch
 def evaluate(self: Training,
              episodes: int | None = None,  # None: as configured
@@ -290,7 +290,7 @@ def evaluate(self: Training,
     if None not in (lo, hi): result["score"] = float(normalized_score(played.returns, lo, hi).mean())
     return result
 
-# %% ../nbs/14_training.ipynb #14-047
+# %% ../nbs/14_training.ipynb #14-049
 @patch
 def _evaluation_due(self: Training) -> bool:
     "Every eval_every updates of the main loop and at its end, once."
@@ -308,7 +308,7 @@ def _judge(self: Training) -> dict:
     if result["return"] > best: self.save("best.pt")
     return result
 
-# %% ../nbs/14_training.ipynb #14-049
+# %% ../nbs/14_training.ipynb #14-051
 @patch
 def run(self: Training) -> Iterator[Progress]:
     "Make all updates that are left, yielding after each. Saves when closed, or when the consumer stops asking."
@@ -331,7 +331,7 @@ def run(self: Training) -> Iterator[Progress]:
     finally:
         if self.whole: self.save()  # a half-made update is not worth keeping: the checkpoint before it is
 
-# %% ../nbs/14_training.ipynb #14-051
+# %% ../nbs/14_training.ipynb #14-053
 @patch
 def save(self: Training,
          name: str = "last.pt"): # of the file in the run directory
@@ -350,7 +350,7 @@ def _plain(config) -> dict:
     "A configuration as JSON has it: lists for tuples, plain numbers for NumPy's."
     return json.loads(json.dumps(asdict(config), default=lambda x: x.item()))
 
-# %% ../nbs/14_training.ipynb #14-063
+# %% ../nbs/14_training.ipynb #14-065
 _MAY_CHANGE = {"train_steps", "log_every", "eval_every", "eval_episodes", "save_every", "device", "how", "num_actions"}
 
 def _identity(data: Transitions) -> dict:
@@ -364,7 +364,7 @@ def _versions() -> dict[str, str]:
     packages = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari", "bdpo_lit")
     return dict(python=platform.python_version()) | {p: version(p) for p in packages}
 
-# %% ../nbs/14_training.ipynb #14-064
+# %% ../nbs/14_training.ipynb #14-066
 def _compare(path: Path,  # config.json of the run
              now: dict,   # what we are told now
             ) -> dict:    # what it was told then
@@ -379,7 +379,7 @@ def _compare(path: Path,  # config.json of the run
     except (ValueError, KeyError, TypeError) as e:
         raise RunError(f"{path} is damaged, or was not written by this bdpo_lit; choose another directory") from e
 
-# %% ../nbs/14_training.ipynb #14-066
+# %% ../nbs/14_training.ipynb #14-068
 @patch
 def _open(self: Training, resume: bool):
     "Make the run directory, or take it up; from then on it is ours."
@@ -406,7 +406,7 @@ def _check_owner(self: Training):
     except OSError: owner = None
     if owner != self.token: raise RunError(f"{self.dir} was removed, or taken over by another run; this one stops here")
 
-# %% ../nbs/14_training.ipynb #14-068
+# %% ../nbs/14_training.ipynb #14-070
 @patch
 def _resume(self: Training):
     "Take up agent, order and bookkeeping where the last checkpoint left them; without one, begin again."
@@ -429,7 +429,7 @@ def _forget(path: Path,       # a CSV file; it need not exist
     kept = [line for line, row in zip(lines[1:], csv.DictReader(lines)) if not what(row)]
     _replace(path, "".join(lines[:1] + kept).encode() if kept else b"")
 
-# %% ../nbs/14_training.ipynb #14-081
+# %% ../nbs/14_training.ipynb #14-084
 def watch(training: Training,                                              # the run
           show: tuple[str, ...] = ("behavior/loss", "q/mean", "q/penalty"), # metrics beside the bar
          ) -> list[dict]:                                                  # all evaluations
