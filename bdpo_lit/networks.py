@@ -34,7 +34,7 @@ class _Mish(torch.autograd.Function):
 
 def mish(x: Float[Tensor, "*B"],  # any shape
         ) -> Float[Tensor, "*B"]:
-    "x tanh(softplus(x)) through one logistic function; two to three times as fast as `F.mish` on a CPU."
+    "x tanh(softplus(x)) through one logistic function."
     return _Mish.apply(x)
 
 # %% ../nbs/06_networks.ipynb #06-010

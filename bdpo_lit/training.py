@@ -339,12 +339,12 @@ def save(self: Training,
     if self.dir is None: return
     self._check_owner()
     self._means()  # never overwrite a good checkpoint with a broken agent
+    for writer in self.writers.values(): writer.flush()
     agent = self.agent
     save_checkpoint(self.dir / name, dict(
         obs_dim=agent.obs_dim, action_dim=agent.action_dim, algorithm=_plain(self.algorithm), device=agent.device.type,
         agent=agent.state_dict(), order=self.order.get_state(),
         steps=self.steps, sums=self.sums, evaluations=self.evaluations))
-    for writer in self.writers.values(): writer.flush()
 
 def _plain(config) -> dict:
     "A configuration as JSON has it: lists for tuples, plain numbers for NumPy's."
