@@ -34,7 +34,7 @@ class BDPOConfig:
     num_samples: int = 10                  # M, sampled paths (and one-step samples) per target
     max_q: bool = False                    # upper target: best of the M actions instead of their mean (antmaze)
     clip: float | None = 1.0               # predicted clean actions are clipped to [-clip, clip]; None: never
-    solver: str = "ddpm"                   # "ddpm" or "ddim", for targets and for acting
+    solver: str = "ddpm"                   # "ddpm" or "ddim", for whole walks (Q's target, acting); single steps are DDPM
     actor_hidden: tuple[int, ...] = (256,) * 4   # widths of both noise networks
     critic_hidden: tuple[int, ...] = (256,) * 3  # widths of Q and V_n
     time_dim: int = 64                     # size of the time embedding
@@ -53,8 +53,9 @@ class BDPOConfig:
     def __post_init__(self):
         for name, ok, want in (
             ("eta", self.eta >= 0, "at least 0"), ("rho", self.rho >= 0, "at least 0"),
-            ("gamma", 0 <= self.gamma <= 1, "between 0 and 1"), ("num_steps", self.num_steps >= 1, "at least 1"),
-            ("num_critics", self.num_critics >= 1, "at least 1"), ("num_samples", self.num_samples >= 1, "at least 1"),
+            ("gamma", 0 <= self.gamma <= 1, "between 0 and 1"),
+            *((f, isinstance(getattr(self, f), int) and getattr(self, f) >= 1, "an integer of at least 1")
+              for f in ("num_steps", "num_critics", "num_samples")),
             ("clip", self.clip is None or self.clip > 0, "positive, or None"),
             ("solver", self.solver in ("ddpm", "ddim"), "'ddpm' or 'ddim'"),
             ("ema", 0 < self.ema <= 1, "in (0, 1]"), ("actor_every", self.actor_every >= 1, "at least 1"),
@@ -121,10 +122,11 @@ class BDPO:
         c = self.config = config
         self.obs_dim, self.action_dim, self.device = obs_dim, action_dim, torch.device(device)
         self.sched = vp_schedule(c.num_steps).to(self.device)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        weights, draws = np.random.SeedSequence(seed).generate_state(2).tolist()  # equal seeds give equal streams
+        self.generator = torch.Generator(self.device).manual_seed(draws)
         self.updates = 0  # of Algorithm 1's main loop
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(weights)   # `torch.manual_seed` would reseed the GPU too
             noise_net = partial(NoiseNet, obs_dim, action_dim, c.num_steps, c.actor_hidden, c.time_dim)
             nets = dict(
                 behavior=noise_net(), actor=noise_net(),
@@ -226,8 +228,10 @@ def act(self: BDPO, obs: Float[Tensor, "B S"],   # states
         generator: torch.Generator | None = None,  # of the draws; torch's global one if None
        ) -> Float[Tensor, "B A"]:
     "Actions in [-clip, clip] from the slow copy of a policy."
-    if how not in ("best", "sample", "softmax"):
-        raise ValueError(f"how must be 'best', 'sample' or 'softmax', got {how!r}")
+    for name, ok, want in (("how", how in ("best", "sample", "softmax"), "'best', 'sample' or 'softmax'"),
+                           ("learner", learner in ("actor", "behavior"), "'actor' or 'behavior'"),
+                           ("num_actions", num_actions >= 1, "at least 1"), ("temperature", temperature > 0, "positive")):
+        if not ok: raise ValueError(f"{name} must be {want}, got {locals()[name]!r}")
     c, eps = self.config, getattr(self, learner).target.at(obs.unsqueeze(1))
     M = 1 if how == "sample" else num_actions
     x_N = torch.randn(len(obs), M, self.action_dim, generator=generator, device=self.device)

@@ -29,7 +29,8 @@ class Demo:
 # %% ../nbs/16_command_line.ipynb #16-008
 def main(args: list[str] | None = None):  # the words after `bdpo`; None: from the command line
     "Entry point of the `bdpo` command."
+    command = tyro.extras.subcommand_cli_from_dict({"demo": Demo}, prog="bdpo", args=args)
     from bdpo_lit.data import DataError
     from bdpo_lit.training import RunError
-    try: tyro.extras.subcommand_cli_from_dict({"demo": Demo}, prog="bdpo", args=args)()
-    except (DataError, RunError, ValueError) as e: sys.exit(f"bdpo: {e}")
+    try: command()
+    except (DataError, RunError) as e: sys.exit(f"bdpo: {e}")

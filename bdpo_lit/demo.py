@@ -28,7 +28,7 @@ from .diffusion import reverse_path
 from .evaluation import Evaluation, bootstrap_interval, evaluate, normalized_score, score_table, vectorize
 from .maze import MAZE_ID, cell_center, collect_maze, draw_maze, episode_gif, make_maze_env, plot_trajectories
 from .style import COLORS, use_style
-from .training import TrainConfig, Training, watch
+from .training import RunError, TrainConfig, Training, watch
 
 # %% ../nbs/15_maze_demo.ipynb #15-006
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ _SHORT = Preset(
                 eval_every=1000, eval_episodes=20, how="sample", save_every=2500),
     BDPOConfig(eta=0.1, rho=1.0, gamma=0.97, num_critics=4, num_samples=2, q_layer_norm=True,
                actor_hidden=(64,) * 3, critic_hidden=(64,) * 2, time_dim=16,
-               behavior_lr=1e-3, actor_lr=3e-4, critic_lr=5e-4, actor_decay_steps=5000, critic_decay_steps=None,
+               behavior_lr=1e-3, actor_lr=3e-4, critic_lr=5e-4, actor_decay_steps=4500, critic_decay_steps=None,
                ema=0.02, actor_every=2, warmup_steps=1000))
 PRESETS = {
     "short": _SHORT,
     "long": Preset(
         replace(_SHORT.train, pretrain_steps=15_000, train_steps=15_000, batch_size=256, eval_every=1500),
         replace(_SHORT.algorithm, num_critics=8, num_samples=4, actor_hidden=(96,) * 3, critic_hidden=(96,) * 2,
-                actor_decay_steps=7500, warmup_steps=1500)),
+                actor_decay_steps=6750, warmup_steps=1500)),
 }
 
 # %% ../nbs/15_maze_demo.ipynb #15-009
@@ -135,7 +135,7 @@ def draw_landscape(agent: BDPO,                                      # trained
         g = torch.Generator(agent.device).manual_seed(seed)
         x_N = torch.randn(1, particles, 2, generator=g, device=agent.device)
         eps = getattr(agent, learner).target.at(s.unsqueeze(1))
-        walk = list(reverse_path(eps, x_N, agent.sched, clip=c.clip, generator=g))
+        walk = list(reverse_path(eps, x_N, agent.sched, c.solver, c.clip, generator=g))
         paths[learner] = {n: a[0].cpu() for n, a, _, _ in walk} | {0: walk[-1][-1][0].cpu()}
     fig, axes = plt.subplots(1, c.num_steps + 1, figsize=(1.7 * (c.num_steps + 1), 2.1), sharey=True)
     for ax, n in zip(axes, range(c.num_steps, -1, -1)):
@@ -155,7 +155,7 @@ def provenance() -> dict:
         head = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10,
                               cwd=Path(bdpo_lit.__file__).parent)
         commit = head.stdout.strip() or "unknown"
-    except OSError: commit = "unknown"
+    except (OSError, subprocess.TimeoutExpired): commit = "unknown"
     command = "notebook" if "ipykernel" in sys.argv[0] else " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return dict(command=command, commit=commit, date=date.today().isoformat(),
                 torch=torch.__version__, python=platform.python_version(), machine=platform.machine(),
@@ -168,28 +168,32 @@ def demo(preset: str = "short",            # "short" (minutes on two cores) or "
          episodes: int = 40,               # of the final contest, for each policy
          threads: int = 1,                 # of torch: these matrices are too small to share between cores
          num_steps: int = 50_000,          # transitions to collect
+         dataset_id: str = MAZE_ID,        # where Minari keeps them
         ) -> dict:                         # scores, and where they come from
     "Collect, clone, train, play, draw. Takes up an interrupted run; shows a finished one again."
-    if preset not in PRESETS: raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    if episodes < 1: raise ValueError(f"episodes must be at least 1, got {episodes}")
+    if preset not in PRESETS: raise RunError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    for name, value in dict(episodes=episodes, threads=threads).items():
+        if value < 1: raise RunError(f"{name} must be at least 1, got {value}")
     torch.set_num_threads(threads)
     plan, start = PRESETS[preset], time.perf_counter()
     run_dir = Path(run_dir or f"runs/maze-{preset}-{seed}")
-    collect_maze(num_steps)
-    data = load_minari(MAZE_ID)
+    collect_maze(num_steps, dataset_id=dataset_id)
+    data = load_minari(dataset_id)
     envs = vectorize(make_maze_env, 20)
     training = Training(data, replace(plan.train, seed=seed, device="cpu"), plan.algorithm, envs, run_dir, resume=True)
+    fresh = sum(training.steps.values()) == 0
     watch(training)
     envs.close()
-    trained = time.perf_counter() - start
+    trained = time.perf_counter() - start if fresh else None   # of a run taken up again we know a part only
     if not training.finished:
         print(f"Stopped. The run is kept in {run_dir}; the same command goes on with it.")
         return {}
     played = contest(training.agent, fit_gaussian(data, seed=seed), episodes)
     lo, hi = data.meta["ref_min_score"], data.meta["ref_max_score"]
-    result = dict(preset=preset, seed=seed, train_seconds=round(trained), seconds=round(time.perf_counter() - start),
+    result = dict(preset=preset, seed=seed, train_seconds=trained and round(trained),
+                  seconds=round(time.perf_counter() - start) if fresh else None,
                   provenance=provenance(), ref_min=lo, ref_max=hi,
-                  config=dict(train=asdict(plan.train), algorithm=asdict(plan.algorithm)),
+                  config=dict(train=asdict(training.config), algorithm=asdict(training.algorithm)),
                   evaluations=training.evaluations, scores={name: _score(e, lo, hi) for name, e in played.items()})
     (run_dir / "results.json").write_text(json.dumps(result, indent=1))
     _draw_all(run_dir, training.agent, played, hi)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # %% ../nbs/06_networks.ipynb #06-006
 class _Mish(torch.autograd.Function):
@@ -28,6 +29,7 @@ class _Mish(torch.autograd.Function):
         return x * t
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return grad * ctx.saved_tensors[0]
 
@@ -159,15 +161,16 @@ def _fit(table: Float[Tensor, "K *B d"], x: Tensor) -> Tensor:
     return table.view(len(table), *[1] * (x.dim() - 1), -1) if table.dim() == 3 and table.shape[1] == 1 else table
 
 # %% ../nbs/06_networks.ipynb #06-027
-@torch.no_grad()
 def eps_at(nets: tuple[NoiseNet, ...],     # P networks of one shape
            obs: Float[Tensor, "*#B S"],    # states
            squeeze: bool = False,          # drop the leading P
           ) -> Callable[[Tensor, int], Tensor]:  # (x, n) -> predicted noise of all, (P, *B, A)
     "Noise predicted by several networks at once, at fixed states; no gradients."
-    if len(nets) == 1: time, mlp = nets[0].time, nets[0].mlp
-    else: time, mlp = (_stack([getattr(net, part) for net in nets]) for part in ("time", "mlp"))
-    table, state = mlp.share(1, time(time.steps)), mlp.share(2, obs[None])
+    with torch.no_grad():
+        if len(nets) == 1: time, mlp = nets[0].time, nets[0].mlp
+        else: time, mlp = (_stack([getattr(net, part) for net in nets]) for part in ("time", "mlp"))
+        table, state = mlp.share(1, time(time.steps)), mlp.share(2, obs[None])
+    @torch.no_grad()
     def eps(x, n):
         out = mlp.finish(mlp.share(0, x[None]), state, _fit(table[:, n : n + 1], x))
         return out.squeeze(0) if squeeze else out
