@@ -96,8 +96,8 @@ def _writing(path: Path) -> Iterator[None]:
         raise RunError(f"cannot write {path}: {e.strerror or e}; choose another place, or free some space there") from e
 
 # %% ../nbs/14_training.ipynb #14-017
-def _replace(path: Path,      # the file
-             content: bytes): # all of it
+def _replace(path: Path,                  # the file
+             content: bytes | memoryview): # all of it
     "Write a file whole or not at all. Raises `RunError` if the place cannot be written."
     draft = path.with_name(path.name + ".part")
     with _writing(path):

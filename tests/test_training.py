@@ -1,0 +1,469 @@
+"""Runs: interrupted anywhere and resumed to the same numbers; clear errors; evaluation that disturbs nothing."""
+
+import csv
+import itertools
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import bdpo_lit.cli
+import bdpo_lit.demo
+import bdpo_lit.training as training
+from bdpo_lit.bdpo import BDPO, BDPOConfig
+from bdpo_lit.data import DataError, Transitions
+from bdpo_lit.evaluation import vectorize
+from bdpo_lit.training import (
+    METRICS,
+    RunError,
+    TrainConfig,
+    Training,
+    TrainingDiverged,
+    load_agent,
+    load_checkpoint,
+    save_checkpoint,
+    stop_after_step,
+    watch,
+)
+
+TINY = BDPOConfig(num_steps=2, num_critics=2, num_samples=2, actor_hidden=(8,), critic_hidden=(8,), time_dim=4,
+                  behavior_lr=1e-2, actor_lr=1e-2, critic_lr=1e-2, warmup_steps=7, actor_every=2, ema=0.1)
+PLAN = TrainConfig(pretrain_steps=30, train_steps=40, batch_size=8, seed=3, device="cpu", log_every=10, eval_every=10,
+                   eval_episodes=3, num_actions=2, save_every=7)
+
+
+class Walk(gym.Env):
+    "Five steps; what one gets depends on every action."
+
+    observation_space, action_space = gym.spaces.Box(-np.inf, np.inf, (3,)), gym.spaces.Box(-1, 1, (2,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.t = self.np_random.normal(size=3).astype(np.float32), 0
+        return self.x.copy(), {}
+
+    def step(self, action):
+        self.t += 1
+        self.x[:2] += action
+        return self.x.copy(), float(self.x[0] * action[1]), False, self.t == 5, {"success": bool(self.x[1] > 0)}
+
+
+def toy(size=50):
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=g)  # noqa: E731
+    return Transitions(draw(size, 3), draw(size, 2).clamp(-0.9, 0.9), draw(size), draw(size, 3), torch.zeros(size),
+                       torch.zeros(size, dtype=torch.int64), dict(id="toy", ref_min_score=-1.0, ref_max_score=1.0))
+
+
+def start(run_dir=None, resume=True, env=Walk, algorithm=TINY, data=None, **changes):
+    return Training(data or toy(), replace(PLAN, **changes), algorithm, env, run_dir, resume)
+
+
+def finish(*args, **kwargs):
+    with closing((t := start(*args, **kwargs)).run()) as updates: list(updates)
+    return t
+
+
+def tensors(x):
+    if isinstance(x, torch.Tensor): yield x
+    elif isinstance(x, dict): yield from (t for y in x.values() for t in tensors(y))
+
+
+def same_agent(a, b):
+    pairs = zip(tensors(a.state_dict()), tensors(b.state_dict()), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def assert_same_run(here, there):
+    for file in ("metrics.csv", "evaluations.csv"): assert (here / file).read_text() == (there / file).read_text()
+    for file in ("last.pt", "best.pt"):
+        a, b = load_checkpoint(here / file), load_checkpoint(there / file)
+        assert a["steps"] == b["steps"] and a["evaluations"] == b["evaluations"]
+        assert torch.equal(a["order"], b["order"])
+        assert same_agent(load_agent(here / file, "cpu"), load_agent(there / file, "cpu"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def through(tmp_path_factory):
+    "A run that nobody touched."
+    return finish(tmp_path_factory.mktemp("through") / "run")
+
+
+# Stopping and resuming
+
+def at_call(owner, name, k, sig, times=1):
+    "Send this process a signal in the k-th call of a function."
+    real, calls = getattr(owner, name), itertools.count(1)
+    def call(*args, **kwargs):
+        if next(calls) == k:
+            for _ in range(times): signal.raise_signal(sig)
+        return real(*args, **kwargs)
+    setattr(owner, name, call)
+
+
+KILL, INT, TERM = signal.SIGKILL, signal.SIGINT, signal.SIGTERM
+DEATHS = [  # where, in which call, how; what becomes of the process; (each goes on where the one before it died)
+    (BDPO, "update_behavior", 5, KILL, 1, -KILL),    # before there is anything to resume
+    (os, "fsync", 3, KILL, 1, -KILL),                # in the first save of last.pt: written, not yet in its place
+    (BDPO, "update_behavior", 12, KILL, 1, -KILL),   # rows were logged since the last save
+    (BDPO, "update_behavior", 3, INT, 1, 0),         # Ctrl-C
+    (os, "replace", 2, KILL, 1, -KILL),              # while rows are forgotten
+    (BDPO, "_normal", 40, INT, 2, 130),              # Ctrl-C twice, in the middle of an update
+    (training, "play_episodes", 1, KILL, 1, -KILL),  # in an evaluation
+    (training, "play_episodes", 1, INT, 2, 130),     # Ctrl-C twice in an evaluation: made up for later
+    (BDPO, "update_actor", 2, KILL, 1, -KILL),       # critics updated, actor not
+    (BDPO, "update", 4, TERM, 1, 0),
+    (training, "save_checkpoint", 3, KILL, 1, -KILL),
+    (csv.DictWriter, "writerow", 1, KILL, 1, -KILL),
+    (BDPO, "update_critics", 1, INT, 1, 0),
+]
+
+
+def die_often(run_dir):
+    "The run in one process after another, each of which gets a signal; prints how each ended, and what it left."
+    start()  # torch imports much when it makes its first optimiser: once for all
+    for owner, name, k, sig, times, _ in DEATHS:
+        if (child := os.fork()) == 0:
+            code = 99
+            try:
+                torch.manual_seed(k)  # nobody may depend on torch's global random numbers
+                at_call(owner, name, k, sig, times)
+                t = start(run_dir)
+                watch(t)
+                code = 99 if t.finished else 0
+            except KeyboardInterrupt: code = 130
+            finally: os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        left = load_checkpoint(run_dir)["steps"].values() if (Path(run_dir) / "last.pt").exists() else ()
+        print(code, *left, flush=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_interrupted_anywhere_ends_in_the_same_numbers(through, tmp_path, run):
+    code = f"import test_training; test_training.die_often({str(tmp_path / 'run')!r})"
+    done = run(sys.executable, "-c", code, cwd=Path(__file__).parent, OMP_NUM_THREADS="1")
+    ends = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert [end[0] for end in ends] == [death[-1] for death in DEATHS], done.stderr[-2000:]
+    left = [end[1:] for end in ends]
+    assert left == sorted(left), "a checkpoint went back"
+    assert left[:3] == [(), (), (7, 0)] and 0 < left[-1][1] < PLAN.train_steps
+    assert left[7][1] % PLAN.eval_every == 0, "a whole update is kept when its evaluation is broken off"
+    finish(tmp_path / "run")
+    assert_same_run(tmp_path / "run", through.dir)
+
+
+@pytest.mark.parametrize("updates", [0, 1, 13, 30, 31, 45, 70])
+def test_leaving_the_loop_saves_and_resumes_exactly(updates, through, tmp_path):
+    with closing((t := start(tmp_path / "run")).run()) as loop:
+        for _ in range(updates): next(loop)
+    if updates:  # a generator that never began has nothing to save
+        assert sum(load_checkpoint(tmp_path / "run")["steps"].values()) == updates
+    torch.manual_seed(updates)
+    assert finish(tmp_path / "run").finished and not t.finished or updates == 70
+    assert_same_run(tmp_path / "run", through.dir)
+
+
+def test_an_error_of_the_consumer_saves_and_one_in_an_update_does_not(tmp_path, monkeypatch):
+    def consume(t, fail_at):
+        with closing(t.run()) as loop:
+            for p in loop: assert p.step < fail_at, "consumer"
+    t = start(tmp_path / "run", save_every=1000)
+    with pytest.raises(AssertionError, match="consumer"): consume(t, 5)
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    assert load_checkpoint(tmp_path / "run")["steps"]["pretrain"] == 5
+    at_call(t.agent, "_noised", 3, INT)
+    with pytest.raises(KeyboardInterrupt): consume(t, 100)
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    with pytest.raises(RunError, match="half-way.*resume=True"): next(t.run())
+
+
+def test_more_updates_later(through, tmp_path):
+    finish(tmp_path / "run", train_steps=20)
+    assert load_checkpoint(tmp_path / "run")["steps"]["train"] == 20
+    finish(tmp_path / "run")
+    assert_same_run(tmp_path / "run", through.dir)
+    assert not list(start(tmp_path / "run").run()), "nothing is left to do"
+
+
+def test_tensorboard_shows_each_number_once(through, tmp_path):
+    t = start(tmp_path / "run")
+    with closing(t.run()) as loop:
+        for p in loop:
+            if (p.phase, p.step) == ("train", 25): break
+    t._log("train", 40, dict.fromkeys(METRICS, 1.0))  # step 25 has no row; steps 30 and 40 are written and then lost:
+    for t.steps["train"] in (30, 40): t._log("train", 40, dict.fromkeys(METRICS, 1e9))
+    for w in t.writers.values(): w.flush()
+    time.sleep(1.1)  # TensorBoard orders files by the second
+    finish(tmp_path / "run")
+    show = lambda events, tag: [(e.step, e.value) for e in events.Scalars(tag)]  # noqa: E731
+    for phase in ("pretrain", "train"):
+        a, b = (EventAccumulator(str(d / "tensorboard" / phase)).Reload() for d in (tmp_path / "run", through.dir))
+        assert (tags := a.Tags()["scalars"]) == b.Tags()["scalars"]
+        for tag in tags: assert show(a, tag) == show(b, tag)
+    assert "evaluation/score" in tags
+
+
+def test_signals_are_left_alone_outside_the_main_thread_and_restored():
+    before, seen = (signal.getsignal(INT), signal.getsignal(TERM)), []
+    def work():
+        with stop_after_step() as stop: seen.append((signal.getsignal(INT), stop.is_set()))
+    (thread := threading.Thread(target=work)).start()
+    thread.join()
+    assert seen == [(before[0], False)]
+    with stop_after_step(): assert signal.getsignal(INT) is not before[0]
+    assert (signal.getsignal(INT), signal.getsignal(TERM)) == before
+
+
+# What a run does
+
+def test_actor_starts_once_as_the_behaviour_policy(monkeypatch):
+    calls, real = [], BDPO.start_actor
+    monkeypatch.setattr(BDPO, "start_actor", lambda self: (calls.append(self.behavior.updates), real(self))[1])
+    finish(env=None)
+    assert calls == [PLAN.pretrain_steps]
+
+
+@pytest.mark.parametrize("make_env, how", [(Walk, "best"), (vectorize(Walk, 2), "sample"), (Walk, "softmax")])
+def test_evaluation_does_not_disturb_training(through, make_env, how, tmp_path):
+    t = finish(tmp_path, env=make_env, eval_every=3, how=how)
+    assert [e["step"] for e in t.evaluations] == [*range(3, 40, 3), 40]
+    assert (tmp_path / "metrics.csv").read_text() == (through.dir / "metrics.csv").read_text()
+    assert same_agent(t.agent, through.agent)
+    before = t.agent.state_dict()["generator"].clone()
+    assert t.evaluate() == t.evaluations[-1] == t.evaluate(), "same agent, same seeds, same result"
+    assert len(t.evaluate(episodes=7)) == len(t.evaluations[-1]) and torch.equal(before, t.agent.generator.get_state())
+
+
+def test_evaluations_and_the_best(through):
+    assert [e["step"] for e in through.evaluations] == [10, 20, 30, 40]
+    assert len({e["return"] for e in through.evaluations}) == 4
+    best = max(through.evaluations, key=lambda e: e["return"])
+    assert load_checkpoint(through.dir / "best.pt")["steps"]["train"] == best["step"]
+    for e in through.evaluations: assert e["score"] == pytest.approx(100 * (e["return"] + 1) / 2)
+    with open(through.dir / "evaluations.csv") as f: rows = list(csv.DictReader(f))
+    assert [{k: float(x) for k, x in row.items()} for row in rows] == through.evaluations
+    none = finish(env=None)
+    assert same_agent(none.agent, through.agent) and not none.evaluations
+    with pytest.raises(RunError, match="no environment"): none.evaluate()
+    assert [e["step"] for e in finish(eval_every=0).evaluations] == [40], "0: only at the end"
+
+
+def test_rows_are_averages_of_what_the_agent_reports(through, monkeypatch):
+    t, seen = start(log_every=1, env=None), {}
+    for p in t.run():
+        for key, x in p.metrics.items(): seen.setdefault((p.phase, (p.step - 1) // 10, key), []).append(x)
+    with open(through.dir / "metrics.csv") as f: rows = list(csv.DictReader(f))
+    assert list(rows[0]) == ["step", "phase", *METRICS] and len(rows) == 7
+    for row in rows:
+        for key in METRICS:
+            values = seen.get((row["phase"], (int(row["step"]) - 1) // 10, key))
+            assert (row[key] == "") == (values is None)
+            if values: assert float(row[key]) == pytest.approx(np.mean(values), rel=1e-4, abs=1e-6)
+
+
+def test_asks_for_no_number_between_rows(monkeypatch):
+    "Each would make a GPU wait."
+    t = start(env=None)
+    asked = []
+    for name in ("item", "__float__", "__int__", "__bool__", "tolist", "numpy", "cpu"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, n=name, r=real: (asked.append(n), r(self, *a))[1])
+    counts = [(p.metrics is not None, len(asked)) for p in t.run()]
+    grew = [now - before for (_, before), (_, now) in itertools.pairwise(counts)]
+    assert all((more > 0) == logged for more, (logged, _) in zip(grew, counts[1:], strict=True))
+
+
+@pytest.mark.parametrize("phase, advice", [("pretrain", "behavior_lr"), ("train", "rewards")])
+def test_divergence_keeps_the_last_good_checkpoint(phase, advice, tmp_path):
+    t = start(tmp_path, save_every=1, log_every=1000, eval_every=1)
+    with pytest.raises(TrainingDiverged, match=advice) as e:
+        for p in t.run():
+            if (p.phase, p.step) == (phase, 12):
+                net = t.agent.behavior.net if phase == "pretrain" else t.agent.q.net
+                next(net.parameters()).data.fill_(float("nan"))
+    assert "loss" in str(e.value) and "nan by update 13" in str(e.value) and "last.pt is from before" in str(e.value)
+    assert load_checkpoint(tmp_path)["steps"][phase] == 12
+
+
+# Files
+
+def edit(path, **changes): save_checkpoint(path, load_checkpoint(path) | changes)
+
+
+class Evil:
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return (Path.touch, (self.path,))
+
+
+FAULTS = {
+    "cut": (lambda p: p.write_bytes(p.read_bytes()[:-50]), "cut short"),
+    "empty": (lambda p: p.write_bytes(b""), "cut short"),
+    "text": (lambda p: p.write_text("hello"), "not bdpo_lit's"),
+    "evil": (lambda p: p.write_bytes(pickle.dumps(Evil(p.with_name("touched")), 2)), "not bdpo_lit's"),
+    "evil in torch": (lambda p: torch.save(dict(x=Evil(p.with_name("touched"))), p), "not bdpo_lit's"),
+    "other": (lambda p: torch.save(dict(weight=torch.zeros(2)), p), "not a checkpoint of bdpo_lit"),
+    "tensor": (lambda p: torch.save(torch.zeros(2), p), "not a checkpoint of bdpo_lit"),
+    "newer": (lambda p: edit(p, version=2), "version 2, and this bdpo_lit reads version 1; use the release"),
+    "gone": (lambda p: p.unlink(), "no checkpoint"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_wrong_checkpoints_are_refused(fault, tmp_path):
+    finish(tmp_path, pretrain_steps=1, train_steps=1)
+    damage, message = FAULTS[fault]
+    damage(tmp_path / "last.pt")
+    for read in (load_checkpoint, load_agent):
+        with pytest.raises(RunError, match=message) as e: read(tmp_path)
+        assert str(tmp_path / "last.pt") in str(e.value)
+    if fault != "gone":
+        with pytest.raises(RunError, match=message): start(tmp_path, pretrain_steps=1, train_steps=1)
+    assert not (tmp_path / "touched").exists(), "code of a stranger was executed"
+
+
+def test_configurations_survive_numpy_numbers(tmp_path):
+    @dataclass
+    class Config: eta: float; num_steps: int; hidden: tuple
+    plain = training._plain(Config(np.float32(0.5), np.int64(3), (np.int32(8), 4)))
+    assert plain == dict(eta=0.5, num_steps=3, hidden=[8, 4])
+    save_checkpoint(tmp_path / "a.pt", plain)
+    assert load_checkpoint(tmp_path / "a.pt").items() >= plain.items()
+
+
+def test_load_agent_during_pretraining_and_elsewhere(tmp_path, through):
+    finish(tmp_path, train_steps=0, env=None)
+    agent, obs = load_agent(tmp_path), np.ones((4, 3), np.float32)
+    np.testing.assert_array_equal(agent.policy()(obs), agent.policy(learner="behavior")(obs))
+    assert not np.array_equal(through.agent.policy()(obs), through.agent.policy(learner="behavior")(obs))
+    state = load_checkpoint(tmp_path)  # as a GPU writes it: its generator has a state of 16 bytes
+    state["agent"]["generator"] = torch.zeros(16, dtype=torch.uint8)
+    edit(tmp_path / "last.pt", agent=state["agent"], device="cuda")
+    np.testing.assert_array_equal(load_agent(tmp_path, "cpu").policy()(obs), agent.policy()(obs))
+    with pytest.raises(RunError, match="trained on 'cuda' and this is 'cpu'.*device='cuda'"):
+        start(tmp_path, train_steps=1)
+
+
+@pytest.mark.gpu
+def test_agent_of_a_gpu_plays_on_the_cpu(tmp_path):
+    t = finish(tmp_path, device="cuda")
+    for a, b in zip(tensors(load_agent(tmp_path, "cpu").actor.state_dict()), tensors(t.agent.actor.state_dict())):
+        assert torch.equal(a, b.cpu())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_full_disk(tmp_path):
+    t = start(tmp_path, env=None)
+    with closing(t.run()) as loop: next(loop)
+    before = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt.part").symlink_to("/dev/full")
+    with pytest.raises(RunError, match=r"cannot write .*last.pt: No space left.*free some space"): t.save()
+    assert (tmp_path / "last.pt").read_bytes() == before
+    (tmp_path / "last.pt.part").unlink()
+    (tmp_path / "metrics.csv").symlink_to("/dev/full")
+    with pytest.raises(RunError, match=r"cannot write .*metrics.csv: No space left"): list(t.run())
+
+
+def other(path, text): (path / "config.json").write_text(text)
+
+
+@pytest.mark.parametrize("spoil, changes, message", [
+    (None, dict(resume=False), "already holds a run.*resume=True"),
+    (None, dict(batch_size=4), "other settings: batch_size is 8 there and 4 here.*another directory"),
+    (None, dict(algorithm=replace(TINY, eta=0.5, rho=0.0)), "eta is 0.15 there and 0.5 here; rho is 1.0 there and 0.0"),
+    (None, dict(data=replace(toy(), reward=2 * toy().reward)), "crc32 is"),
+    (None, dict(data=toy(60)), "transitions is 50 there and 60 here"),
+    (lambda p: other(p, "{"), {}, "config.json is damaged, or was not written by this bdpo_lit"),
+    (lambda p: other(p, '{"train": {}}'), {}, "config.json is damaged, or was not written by this bdpo_lit"),
+    (lambda p: other(p, "[]"), {}, "config.json is damaged, or was not written by this bdpo_lit"),
+])
+def test_directories_that_are_refused(spoil, changes, message, tmp_path):
+    finish(tmp_path, pretrain_steps=2, train_steps=0, env=None)
+    if spoil: spoil(tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
+    with pytest.raises(RunError, match=message): start(tmp_path, **{"env": None, "pretrain_steps": 2} | changes)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()} == before, "touched what it refused"
+
+
+@pytest.mark.parametrize("where", ["file", "file/run", "/proc/run"])
+def test_places_that_cannot_be_written(where, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot write .*choose another place"): start(tmp_path / where)
+
+
+def test_the_last_one_to_open_a_run_owns_it(tmp_path):
+    first = start(tmp_path, env=None)
+    loop = first.run()
+    for _ in range(9): next(loop)
+    finish(tmp_path, env=None)
+    before = (tmp_path / "metrics.csv").read_text()
+    with pytest.raises(RunError, match="taken over"): next(loop)      # the tenth update would log
+    with pytest.raises(RunError, match="taken over"): first.save()
+    assert (tmp_path / "metrics.csv").read_text() == before
+    assert load_checkpoint(tmp_path)["steps"]["train"] == PLAN.train_steps
+
+
+# Impossible wishes
+
+@pytest.mark.parametrize("config, field, value", [
+    *((TrainConfig, f, -1) for f in ("pretrain_steps", "train_steps", "seed", "eval_every")),
+    *((TrainConfig, f, 0) for f in ("batch_size", "log_every", "eval_episodes", "num_actions", "save_every")),
+    (TrainConfig, "how", "greedy"),
+    (BDPOConfig, "eta", -0.1), (BDPOConfig, "eta", float("nan")), (BDPOConfig, "rho", -1.0), (BDPOConfig, "gamma", 1.1),
+    *((BDPOConfig, f, 0) for f in ("num_steps", "num_critics", "num_samples", "actor_every")),
+    (BDPOConfig, "actor_hidden", ()), (BDPOConfig, "solver", "euler"), (BDPOConfig, "actor_lr", 0.0),
+])
+def test_impossible_settings(config, field, value):
+    with pytest.raises(ValueError) as e: config(**{field: value})
+    message = str(e.value)
+    assert message.startswith(f"{field} must be ") and message.endswith(f"got {value!r}")
+
+
+def test_impossible_runs():
+    with pytest.raises(ValueError, match="both 0, so there is nothing to do"): TrainConfig(0, 0)
+    with pytest.raises(DataError, match="batch_size is 51, but the data set has only 50"): start(batch_size=51)
+    with pytest.raises(RunError, match="device 'gpu' is not available here.*'auto' or 'cpu'"): start(device="gpu")
+
+
+@pytest.mark.parametrize("env", ["Pendulum-v1", "MountainCarContinuous-v0", "CartPole-v1"])
+@pytest.mark.parametrize("vector", [False, True])
+def test_environments_that_do_not_fit_the_data(env, vector):
+    make = lambda: gym.make(env)  # noqa: E731
+    with pytest.raises(RunError, match=r"observations of length \d and actions of shape .*, the data set 3 and \(2,\)"):
+        start(env=vectorize(make, 2) if vector else make)
+
+
+# The command line
+
+def test_command_line_says_what_there_is(run, capsys):
+    with pytest.raises(SystemExit) as e: bdpo_lit.cli.main(["demo", "--help"])
+    said = capsys.readouterr().out
+    assert e.value.code == 0 and all(word in said for word in ("--preset {short,long}", "--seed", "--run-dir"))
+    done = run("bdpo", "demo", "--preset", "fast", check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert all(word in done.stdout + done.stderr for word in ("--preset", "'fast'", "'short'", "'long'"))
+
+
+@pytest.mark.parametrize("error", [RunError, DataError])
+def test_command_line_errors_are_one_line(error, monkeypatch):
+    def fail(*args, **kwargs): raise error("runs/x already holds a run")
+    monkeypatch.setattr(bdpo_lit.demo, "demo", fail)
+    with pytest.raises(SystemExit, match="^bdpo: runs/x already holds a run$"): bdpo_lit.cli.main(["demo"])
