@@ -279,6 +279,8 @@ def load_hdf5(path: str | Path,                     # file in the D4RL layout
              ) -> Transitions:                      # on the CPU
     "Load a D4RL file; rows without a known successor are dropped, unless terminal. Raises `DataError`."
     path, extra = Path(path), ("next_observations",) if use_next_observations else ()
+    if max_episode_steps is not None and max_episode_steps < 1:
+        raise DataError(f"{path}: max_episode_steps must be at least 1, got {max_episode_steps}")
     raw = _read_hdf5(path, _D4RL_KEYS + extra, ("timeouts",))
     raw = {k: _numeric(k, v, str(path)) for k, v in raw.items()}
     lengths = {k: x.shape[0] if x.ndim else 0 for k, x in raw.items()}

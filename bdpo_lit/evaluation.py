@@ -69,9 +69,12 @@ def evaluate(policy: Callable,               # (n, S) float32 -> (n, A): observa
              num_envs: int | None = None,    # environments side by side; None: at most 20
              trajectories: bool = False,     # keep the observations
             ) -> Evaluation:
-    "Play E whole episodes. Raises `ValueError` if actions are not finite, misshapen, or an episode does not end."
+    "Play E whole episodes. `ValueError` if actions are bad, an episode does not end, or environments reset themselves."
     if episodes < 1: raise ValueError(f"episodes must be at least 1, got {episodes}")
     own = not isinstance(make_env, VectorEnv)
+    if not own and (mode := make_env.metadata.get("autoreset_mode")) != AutoresetMode.DISABLED:
+        raise ValueError(f"the environments must not reset themselves, but their autoreset_mode is {mode}; "
+                         "build them with `vectorize`")
     envs = vectorize(make_env, min(episodes, num_envs or 20)) if own else make_env
     try: return _play_all(policy, envs, episode_seeds(seed, episodes), progress, trajectories)
     finally:

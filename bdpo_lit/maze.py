@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import count
 from math import floor
 from pathlib import Path
 import gymnasium as gym
@@ -274,29 +275,41 @@ def _write(dataset_id: str, episodes: list[EpisodeBuffer], recipe: dict):
         dataset.storage.update_metadata({"recipe": recipe})
 
 # %% ../nbs/12b_maze.ipynb #12-033
-def _find(dataset_id: str, recipe: dict) -> minari.MinariDataset | None:
-    "The complete set of this recipe, or None. Removes what is half-written; `DataError` if it is another set."
-    folder = minari.storage.get_dataset_path(dataset_id)
-    if not folder.exists(): return None
-    try:
-        stored = json.loads((folder / "data" / "metadata.json").read_text())
-        found = stored.get("recipe")
-        if found is not None:
-            with h5py.File(folder / "data" / "main_data.hdf5") as f:
-                steps = sum(int(f[k].attrs["total_steps"]) for k in f)
-                complete = len(f) == stored["total_episodes"] and steps == stored["total_steps"] == found["num_steps"]
-        else: complete = True  # somebody else's
-    except (OSError, ValueError, KeyError): complete = False
-    if not complete:
-        warnings.warn(f"{folder} holds a half-written data set; it is removed and collected anew")
-        shutil.rmtree(folder)
-        return None
-    if found == recipe: return minari.load_dataset(dataset_id)
-    raise DataError(f"data set '{dataset_id}' in {folder} was made with {found or 'something else'}, but {recipe} is "
-                    "asked for; use the "
-                    "same settings, another dataset_id, or delete that folder")
+def _is_complete(data: Path, num_steps: int) -> bool:
+    "Whether a set of ours holds all it should."
+    stored = json.loads((data / "metadata.json").read_text())
+    with h5py.File(data / "main_data.hdf5") as f:
+        steps = sum(int(f[k].attrs["total_steps"]) for k in f)
+        return len(f) == stored["total_episodes"] and steps == stored["total_steps"] == num_steps
+
+def _refused(folder: Path, error: OSError) -> DataError:
+    "What to say where the operating system says no."
+    return DataError(f"{folder} cannot be used: {error}; wait for (or stop) the process that holds it open, check its "
+                     "permissions, or use another dataset_id")
 
 # %% ../nbs/12b_maze.ipynb #12-034
+def _find(dataset_id: str, recipe: dict) -> minari.MinariDataset | None:
+    "The complete set of this recipe, or None. Moves aside what is half-written; `DataError` on other sets and on locks."
+    folder, ours, complete = minari.storage.get_dataset_path(dataset_id), True, False
+    try:
+        if not folder.exists(): return None
+        found = json.loads((folder / "data" / "metadata.json").read_text()).get("recipe")
+        ours = isinstance(found, dict) and found.keys() == recipe.keys()
+        if ours: complete = _is_complete(folder / "data", found["num_steps"])
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, AttributeError): pass
+    except OSError as e:  # without a number: HDF5 finds the file damaged; with one: we may not look
+        if e.errno is not None: raise _refused(folder, e) from None
+    if not ours or (complete and found != recipe):
+        raise DataError(f"data set '{dataset_id}' in {folder} was made with {found or 'something else'}, but {recipe} "
+                        "is asked for; use the same settings, another dataset_id, or delete that folder")
+    if complete: return minari.load_dataset(dataset_id)
+    aside = next(p for n in count(1) if not (p := folder.with_name(f".{folder.name}.broken-{n}")).exists())
+    try: folder.rename(aside)
+    except OSError as e: raise _refused(folder, e) from None
+    warnings.warn(f"{folder} holds a half-written data set; it is moved to {aside.name} and collected anew")
+    return None
+
+# %% ../nbs/12b_maze.ipynb #12-035
 def collect_maze(num_steps: int = 50_000,     # transitions
                  seed: int = 0,               # same seed, same data
                  dataset_id: str = MAZE_ID,   # Minari's id: letters, slashes, ends in -vN
@@ -320,7 +333,7 @@ def collect_maze(num_steps: int = 50_000,     # transitions
             if (found := _find(dataset_id, recipe)) is None: raise
     return minari.load_dataset(dataset_id)
 
-# %% ../nbs/12b_maze.ipynb #12-055
+# %% ../nbs/12b_maze.ipynb #12-056
 def _mujoco_frames(states: np.ndarray) -> list[np.ndarray]:
     "Pictures of the states by MuJoCo's renderer."
     env = make_maze_env("rgb_array")
@@ -333,7 +346,7 @@ def _mujoco_frames(states: np.ndarray) -> list[np.ndarray]:
         return frames
     finally: env.close()
 
-# %% ../nbs/12b_maze.ipynb #12-056
+# %% ../nbs/12b_maze.ipynb #12-057
 def episode_gif(path: str | Path,                        # file to write
                 trajectory: Float[np.ndarray, "T1 4"],   # observations of one episode
                 every: int = 5,                          # draw every so many steps

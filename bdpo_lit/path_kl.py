@@ -23,7 +23,8 @@ def markov_path_kl(start_p: Float[Tensor, "S"],          # distribution of x_N u
     terms, p = torch.empty(len(kernels_p), dtype=start_p.dtype), start_p
     terms[0] = kl(start_p, start_q)
     for n in range(len(kernels_p) - 1, 0, -1):
-        terms[n] = (p * kl(kernels_p[n], kernels_q[n])).sum()
+        on = p > 0                                       # a state never visited costs nothing, whatever its price
+        terms[n] = (p[on] * kl(kernels_p[n][on], kernels_q[n][on])).sum()
         p = p @ kernels_p[n]
     return terms
 

@@ -250,6 +250,9 @@ def two_clock_td(mdp: TabularMDP,                     # the world, used only to 
                  seed: int = 0,                       # of all draws
                 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:  # (k, V (C, N+1, S, A), slow copy, kernels)
     "Eqs. (13), (15), (16) from samples, with slow copies: C learners under the same random numbers, for ever."
+    may = behavior.kernels > 0
+    if actor is not None and (actor.kernels[~may] > 0).any():
+        raise ValueError("the actor takes steps that the behaviour policy never takes; their price is infinite")
     rng, C, (N, S, A, _) = torch.Generator().manual_seed(seed), len(tau), behavior.kernels.shape
     log_b = behavior.kernels.log()
     log_p = (behavior if actor is None else actor).kernels.log().expand(C, N, S, A, A).clone()
@@ -261,7 +264,7 @@ def two_clock_td(mdp: TabularMDP,                     # the world, used only to 
     while True:
         if stale:
             kernels = log_p.exp()
-            price = (kernels * (log_p - log_b)).sum(-1)
+            price = torch.where(kernels > 0, kernels * (log_p - log_b), 0.0).sum(-1)
         yield k, V, slow, kernels
         k += 1
         s, n = torch.randint(S, (batch,), generator=rng), torch.randint(1, N + 1, (batch,), generator=rng)
@@ -275,5 +278,6 @@ def two_clock_td(mdp: TabularMDP,                     # the world, used only to 
         slow += pace * (V - slow)
         due = (actor_every > 0) & (k % actor_every.clamp_min(1) == 0)
         if stale := bool(due.any()):
-            better = (actor_rate * (log_b + slow[:, :-1, :, None] / eta) + (1 - actor_rate) * log_p).log_softmax(-1)
+            better = actor_rate * (log_b + slow[:, :-1, :, None] / eta) + (1 - actor_rate) * log_p
+            better = better.where(may, -torch.inf).log_softmax(-1)
             log_p = torch.where(due[:, None, None, None, None], better, log_p)

@@ -190,6 +190,8 @@ BAD_HDF5 = {
     "discrete": (dict(actions=np.zeros(16, int)), {}, "discrete actions are not supported"),
     "images": (dict(observations=np.zeros((16, 4, 4, 3), np.uint8)), {}, "images"),
     "no time-outs": (dict(timeouts=None), {}, "pass max_episode_steps"),
+    "limit 0": (dict(timeouts=None), dict(max_episode_steps=0), "max_episode_steps must be at least 1, got 0"),
+    "limit -1": ({}, dict(max_episode_steps=-1), "max_episode_steps must be at least 1, got -1"),
     "no successors": (dict(timeouts=np.ones(16, bool), terminals=np.zeros(16, bool)), {}, "found 0 usable transitions"),
     "bounds": ({}, dict(action_low=1.0, action_high=-1.0), "lower below upper"),
     "next": ({}, dict(use_next_observations=True), "lacks next_observations"),

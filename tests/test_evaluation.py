@@ -84,6 +84,12 @@ def test_prebuilt_environments_are_reused_and_left_open():
     assert fewer.returns.tolist() == first.returns[:3].tolist()
 
 
+@pytest.mark.parametrize("mode", [m for m in gym.vector.AutoresetMode if m != gym.vector.AutoresetMode.DISABLED])
+def test_environments_that_reset_themselves_are_refused(mode):
+    with pytest.raises(ValueError, match=f"{mode}; build them with `vectorize`"):
+        evaluate(policy, gym.vector.SyncVectorEnv([Walk] * 2, autoreset_mode=mode), episodes=2)
+
+
 def test_seeds_matter_and_do_not_overlap():
     assert evaluate(policy, Walk, 5, seed=0).returns.tolist() != evaluate(policy, Walk, 5, seed=1).returns.tolist()
     assert not set(episode_seeds(0, 500)) & set(episode_seeds(1, 500))

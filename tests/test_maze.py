@@ -136,19 +136,62 @@ def test_half_written_folder_is_collected_anew(fault, root):
     else:
         with h5py.File(main, "a") as f:
             del f["episode_2"]
-    with pytest.warns(UserWarning, match="half-written"):
+    left = sorted(p.relative_to(root / SMALL) for p in (root / SMALL).rglob("*"))
+    with pytest.warns(UserWarning, match=r"half-written.* moved to \.maze-small-v0\.broken-1"):
         dataset = collect_maze(700, 0, SMALL, progress=False)
     assert same(arrays(dataset), good)
+    aside = root / "toy" / ".maze-small-v0.broken-1"                   # nothing is lost, and Minari does not see it
+    assert sorted(p.relative_to(aside) for p in aside.rglob("*")) == left
+    assert list(minari.list_local_datasets()) == [SMALL]
+
+
+def test_files_that_may_not_be_ours_survive_damaged_metadata(root):
+    folder = root / SMALL / "data"
+    for n, text in enumerate(("{", "[]", ""), 1):
+        folder.mkdir(parents=True)
+        (folder / "metadata.json").write_text(text)
+        (folder / "main_data.hdf5").write_bytes(b"precious")
+        with pytest.warns(UserWarning, match=f"broken-{n}"):
+            assert maze._find(SMALL, {}) is None
+        assert (root / "toy" / f".maze-small-v0.broken-{n}" / "data" / "main_data.hdf5").read_bytes() == b"precious"
+
+
+def test_a_complete_set_held_open_by_another_process_is_not_touched(root):
+    collect_maze(400, 0, SMALL, progress=False)
+    main = root / SMALL / "data" / "main_data.hdf5"
+    before = main.read_bytes()
+    code = f"import h5py; f = h5py.File({str(main)!r}, 'a'); print('open', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "HDF5_USE_FILE_LOCKING": "TRUE"}) as holder:
+        assert holder.stdout.readline() == "open\n"
+        with pytest.raises(DataError, match="cannot be used.*lock.*holds it open"):
+            collect_maze(400, 0, SMALL, progress=False)
+        holder.communicate("\n")
+    assert len(main.read_bytes()) == len(before) and [p.name for p in (root / "toy").iterdir()] == ["maze-small-v0"]
+    assert collect_maze(400, 0, SMALL, progress=False).total_steps == 400
+
+
+@pytest.mark.parametrize("where", ["h5py.File", "pathlib.Path.read_text", "pathlib.Path.rename"])
+def test_missing_permissions_are_a_clear_message(where, root, monkeypatch):
+    collect_maze(400, 0, SMALL, progress=False)
+    if where.endswith("rename"): (root / SMALL / "data" / "metadata.json").unlink()
+
+    def refuse(*args, **kwargs): raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(where, refuse)
+    with pytest.raises(DataError, match="Permission denied.*check its permissions"):
+        collect_maze(400, 0, SMALL, progress=False)
+    assert (root / SMALL / "data" / "main_data.hdf5").exists()
 
 
 def test_a_foreign_set_under_our_name_is_not_touched(root):
     collect_maze(400, 0, SMALL, progress=False)
     path = root / SMALL / "data" / "metadata.json"
     stored = json.loads(path.read_text())
-    del stored["recipe"]
-    path.write_text(json.dumps(stored))
-    with pytest.raises(DataError, match="something else"):
-        collect_maze(400, 0, SMALL, progress=False)
+    for recipe in (None, "two eggs", {"flour": 500}):                  # other people may write such a field, too
+        path.write_text(json.dumps({**stored, "recipe": recipe}))
+        with pytest.raises(DataError, match=f"made with ({'something else' if recipe is None else '.*(eggs|flour)'})"):
+            collect_maze(400, 0, SMALL, progress=False)
     assert path.exists()
 
 

@@ -139,6 +139,16 @@ def test_path_kl_by_listing_all_paths(S, N, seed):
     assert total >= kl(ends[0], ends[1]) - 1e-12
 
 
+def test_path_kl_ignores_states_that_are_never_reached():
+    sp, kp, (sq, kq) = torch.tensor([0.5, 0.5, 0.0], **F64), torch.full((3, 3, 3), 1 / 3, **F64), random_chain(1, 3, 2)
+    kq[2, 2] = torch.tensor([1.0, 0.0, 0.0], **F64)                    # infinitely dear, but nobody is there
+    terms = pk.markov_path_kl(sp, kp, sq, kq)
+    close(terms[2], kl(kp[2, :2], kq[2, :2]).mean())
+    assert terms.isfinite().all()
+    sp = torch.tensor([0.5, 0.4, 0.1], **F64)
+    assert pk.markov_path_kl(sp, kp, sq, kq)[2] == math.inf
+
+
 @few
 @given(st.integers(2, 12), st.integers(1, 6), st.floats(0.05, 20), seeds, st.booleans())
 def test_the_theorem_on_any_chain(S, N, eta, seed, gaussian):

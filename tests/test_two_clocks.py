@@ -135,6 +135,23 @@ def test_learners_are_reproducible_and_independent():
     assert torch.equal(run([0.5, 0.1]), run([0.5, 0.1])) and torch.equal(run([0.5, 0.1])[1], run([0.1])[0])
 
 
+@pytest.mark.parametrize("keep", [[1.0], [1.0, 0.0], [0.5, 1.0]])
+@pytest.mark.parametrize("rate", [0.3, 1.0])
+def test_learning_with_steps_that_are_never_taken(keep, rate):
+    mdp, forward = corridor(3), forgetful(keep, 3)
+    b = reverse_chain(mdp.nu, forward)
+    never = b.kernels == 0
+    assert never.any()
+    learner = two_clock_td(mdp, b, forward, 0.2, torch.tensor([0.5]), torch.tensor([2]), actor_rate=rate)
+    for k, V, slow, kernels in learner:
+        assert all(x.isfinite().all() for x in (V, slow, kernels)) and not kernels[0][never].any()
+        if k == 30: break
+    assert V.abs().max() > 0
+    stray = Chain(b.start, torch.full_like(b.kernels, 1 / 3))
+    with pytest.raises(ValueError, match="never takes"):
+        next(two_clock_td(mdp, b, forward, 0.2, torch.tensor([0.5]), torch.tensor([2]), actor=stray))
+
+
 def test_bad_input_is_refused():
     b = reverse_chain(random_mdp(2, 3).nu, forgetful([0.5], 3))
     with pytest.raises(ValueError, match="kernels must have shape"):      # past the tests' own shape checker
