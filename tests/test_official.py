@@ -35,11 +35,14 @@ def parameters(net, kind):
     "Our parameters by the official name, in the official shape."
     single = kind == "eps"
     base = "" if single else "base/"
-    layers = {f"{base}MLP_0/Dense_{i}": m for i, m in enumerate((net.time.first, net.time.second))} if kind != "q" else {}
+    layers = {}
+    if kind != "q":
+        layers = {f"{base}MLP_0/Dense_{i}": m for i, m in enumerate((net.time.first, net.time.second))}
     trunk = "noise_predictor" if single else "base/backbone"
     layers |= {f"{trunk}/Dense_{i}": m for i, m in enumerate(net.mlp.layers)}
     layers[f"{trunk}/Dense_{len(net.mlp.layers)}" if single else "base/Dense_0"] = net.mlp.head
-    named = {f"{name}/{theirs}": getattr(m, ours) for name, m in layers.items() for ours, theirs in (("weight", "kernel"), ("bias", "bias"))}
+    named = {f"{name}/{theirs}": getattr(m, ours)
+             for name, m in layers.items() for ours, theirs in (("weight", "kernel"), ("bias", "bias"))}
     if kind == "v":
         named |= {f"base/backbone/LayerNorm_{i}/{theirs}": getattr(m, ours)
                   for i, m in enumerate(net.mlp.norms) for ours, theirs in (("weight", "scale"), ("bias", "bias"))}
@@ -59,8 +62,8 @@ class Case:
     "An agent with the official parameters, fed the official random draws in order."
     def __init__(self, name):
         self.name, self.options = name, CASES[name]
-        config = BDPOConfig(eta=ETA, gamma=GAMMA, num_steps=N, num_critics=3, num_samples=4, actor_hidden=(16, 16), critic_hidden=(16, 16),
-                            time_dim=8, warmup_steps=0, **self.options)
+        config = BDPOConfig(eta=ETA, gamma=GAMMA, num_steps=N, num_critics=3, num_samples=4, actor_hidden=(16, 16),
+                            critic_hidden=(16, 16), time_dim=8, warmup_steps=0, **self.options)
         self.agent, self.sched = BDPO(3, 2, config), vp_schedule(N)
         for learner, kind in NETS.items():
             for which in ("net", "target"):
@@ -68,7 +71,8 @@ class Case:
                 net = getattr(getattr(self.agent, learner), which)
                 for key, p in parameters(net, kind).items(): p.data.copy_(unsqueezed(value(f"{prefix}/{key}"), p))
         get = self.get
-        self.batch = Batch(get("batch/obs"), get("batch/action"), get("batch/reward")[:, 0], get("batch/next_obs"), get("batch/terminal")[:, 0])
+        self.batch = Batch(get("batch/obs"), get("batch/action"), get("batch/reward")[:, 0], get("batch/next_obs"),
+                           get("batch/terminal")[:, 0])
 
     def get(self, key): return value(f"{self.name}/{key}")
     def steps(self, key): return self.get(key)[:, 0].long()
@@ -92,7 +96,7 @@ class Case:
             assert error < 1e-5, f"{key}/{name}: relative error {error:.2g}"
 
     def close_parameters(self, learner, which, key, lr):
-        "After one Adam step of about lr * sign(gradient): agree to a tenth of the step, and to the last bit or two of the parameter."
+        "After one Adam step of about lr * sign(gradient): agree to a tenth of it, and to the last bits of float32."
         for name, p in parameters(getattr(getattr(self.agent, learner), which), NETS[learner]).items():
             theirs = unsqueezed(self.get(f"{key}/{name}"), p)
             assert (p - theirs).abs().max() < 0.1 * lr + 2.5e-7, f"{key}/{name}"
@@ -105,9 +109,11 @@ def case(request): return Case(request.param)
 @pytest.mark.parametrize("T", (5, 50))
 def test_schedule(T):
     sched = vp_schedule(T)
-    for ours, key in ((sched.beta, "betas"), (sched.alpha, "alphas"), (sched.alpha_bar, "alpha_hats"), (sched.posterior_var, "postvars_exact")):
+    for ours, key in ((sched.beta, "betas"), (sched.alpha, "alphas"), (sched.alpha_bar, "alpha_hats"),
+                      (sched.posterior_var, "postvars_exact")):
         close(ours, f"sched/T{T}/{key}")
-    np.testing.assert_allclose(vp_schedule(T, dtype=torch.float64).alpha_bar, VALUES[f"sched/T{T}/alpha_hats_float64"], rtol=1e-12)
+    np.testing.assert_allclose(vp_schedule(T, dtype=torch.float64).alpha_bar, VALUES[f"sched/T{T}/alpha_hats_float64"],
+                               rtol=1e-12)
     n = torch.arange(1, T + 1)
     weight = step_kl(torch.ones(T, 1), torch.zeros(T, 1), n, sched)
     np.testing.assert_allclose(weight, VALUES[f"sched/T{T}/penalty_weight"][1:], rtol=1e-5)
@@ -160,7 +166,8 @@ def test_one_step(case):
 
 def test_ddim_path(case):
     agent, clip = case.agent, case.options["clip"]
-    path = list(reverse_path(lambda x, n: agent.actor.net(case.batch.obs, x, n), case.get("ddim_sample/xT"), case.sched, "ddim", clip))
+    path = list(reverse_path(lambda x, n: agent.actor.net(case.batch.obs, x, n), case.get("ddim_sample/xT"),
+                             case.sched, "ddim", clip))
     case.close(torch.stack([x for _, x, _, _ in path]), "ddim_sample/path_x")
     case.close(torch.stack([eps for _, _, eps, _ in path]), "ddim_sample/path_eps")
     case.close(path[-1][-1], "ddim_sample/action")
@@ -173,7 +180,8 @@ def test_penalty(case):
 
 def test_rollout(case):
     agent, noise = case.agent, case.get("critic/step_noise")
-    action, penalty = rollout(agent.actor.target, agent.behavior.target, case.batch.next_obs, case.get("critic/xT"), noise, case.sched,
+    action, penalty = rollout(agent.actor.target, agent.behavior.target, case.batch.next_obs, case.get("critic/xT"),
+                              noise, case.sched,
                               clip=case.options["clip"])
     case.close(action, "critic/next_action")
     case.close(penalty.mean(), "critic/metric/misc_q0_penalty")
@@ -181,19 +189,22 @@ def test_rollout(case):
 
 def test_critic_update(case):
     agent, n = case.agent, case.steps("critic/t")
-    left = case.feed(case.get("critic/xT"), case.get("critic/step_noise"), n, case.get("critic/eps"), case.get("critic/onestep_noise"))
+    left = case.feed(case.get("critic/xT"), case.get("critic/step_noise"), n, case.get("critic/eps"),
+                     case.get("critic/onestep_noise"))
     case.close(forward_sample(case.batch.action, n, case.get("critic/eps"), case.sched), "critic/xt")
     clip_norm = agent.config.clip_grad_norm
     for learner in (agent.q, agent.v): learner.clip_grad_norm = float("inf")  # look at the raw gradients first
     metrics = agent.update_critics(case.batch)
     assert not left
-    for ours, theirs in (("q/loss", "loss_q0_loss"), ("v/loss", "loss_vt_loss"), ("q/mean", "misc_q0_mean"), ("v/mean", "misc_vt_mean")):
+    for ours, theirs in (("q/loss", "loss_q0_loss"), ("v/loss", "loss_vt_loss"), ("q/mean", "misc_q0_mean"),
+                         ("v/mean", "misc_vt_mean")):
         case.close(metrics[ours], f"critic/metric/{theirs}")
     for name in ("q", "v"):
         case.close(metrics[f"{name}/grad_norm"], f"critic/grad_norm/{OFFICIAL[name]}")
         case.close_gradients(name, f"critic/grad/{OFFICIAL[name]}")
     again = Case(case.name)                                                   # and now the whole step
-    again.feed(case.get("critic/xT"), case.get("critic/step_noise"), n, case.get("critic/eps"), case.get("critic/onestep_noise"))
+    again.feed(case.get("critic/xT"), case.get("critic/step_noise"), n, case.get("critic/eps"),
+               case.get("critic/onestep_noise"))
     assert again.agent.q.clip_grad_norm == clip_norm
     again.agent.update_critics(case.batch)
     for name in ("q", "v"):
@@ -204,12 +215,14 @@ def test_critic_update(case):
 def test_value_loss_and_targets_without_the_agent(case):
     "The same losses composed by hand from the exported functions, so that a reader can follow."
     a, b, o, n = case.agent, case.batch, case.options, case.steps("critic/t")
-    action, penalty = rollout(a.actor.target, a.behavior.target, b.next_obs, case.get("critic/xT"), case.get("critic/step_noise"), case.sched,
+    action, penalty = rollout(a.actor.target, a.behavior.target, b.next_obs, case.get("critic/xT"),
+                              case.get("critic/step_noise"), case.sched,
                               clip=o["clip"])
     target = q_target(b.reward, b.terminal, a.q.target(b.next_obs.unsqueeze(1), action), penalty, GAMMA, ETA, o["rho"])
     case.close(value_loss(a.q.net(b.obs, b.action), target), "critic/metric/loss_q0_loss")
     x = case.get("critic/xt")
-    target, _ = step_value(a.actor.target, a.behavior.target, a.q.target, a.v.target, b.obs, x, n, case.get("critic/onestep_noise"), case.sched,
+    target, _ = step_value(a.actor.target, a.behavior.target, a.q.target, a.v.target, b.obs, x, n,
+                           case.get("critic/onestep_noise"), case.sched,
                            ETA, o["rho"], o["clip"])
     case.close(value_loss(a.v.net(b.obs, x, n), target), "critic/metric/loss_vt_loss")
 
@@ -244,7 +257,8 @@ def test_behavior_update(case):
             fresh.close_parameters("behavior", "target", "behavior/after/behavior_target", lr=3e-4 * 0.005)
         else:
             fresh.close_gradients("behavior", "behavior/grad")
-    loss = noise_prediction_loss(case.agent.behavior.net, case.batch.obs, case.batch.action, case.steps("behavior/t"), case.get("behavior/eps"), case.sched)
+    loss = noise_prediction_loss(case.agent.behavior.net, case.batch.obs, case.batch.action, case.steps("behavior/t"),
+                                 case.get("behavior/eps"), case.sched)
     case.close(loss, "behavior/loss")
 
 
@@ -252,7 +266,8 @@ def test_action_choice(case):
     "Best of M by the ensemble mean of the slow Q, and one sample, from the official draws."
     agent, noise = case.agent, case.get("select/step_noise")
     s = case.batch.obs.unsqueeze(1)
-    *_, (_, _, _, actions) = reverse_path(lambda x, n: agent.actor.target(s, x, n), case.get("select/xT"), case.sched, "ddpm",
+    *_, (_, _, _, actions) = reverse_path(lambda x, n: agent.actor.target(s, x, n), case.get("select/xT"), case.sched,
+                                          "ddpm",
                                           case.options["clip"], noise)
     case.close(agent.choose(case.batch.obs, actions, "best"), "select/action_greedy")
     case.close(actions[:, 0], "select/action_first")
