@@ -155,8 +155,9 @@ def load_agent(path: str | Path,      # run directory or checkpoint
     "The agent of a saved run, ready to act. Before the main loop has begun, its actor is nu. Raises `RunError`."
     where = pick_device(device)
     state = load_checkpoint(path, str(where))
-    config = {k: tuple(x) if isinstance(x, list) else x for k, x in state["algorithm"].items()}
-    agent = BDPO(state["obs_dim"], state["action_dim"], BDPOConfig(**config), where)
+    try: config = BDPOConfig(**{k: tuple(x) if isinstance(x, list) else x for k, x in state["algorithm"].items()})
+    except (TypeError, ValueError) as e: raise RunError(f"{path} was written with settings unknown here ({e})") from e
+    agent = BDPO(state["obs_dim"], state["action_dim"], config, where)
     if state["device"] != where.type:  # the random streams of different kinds of device do not fit each other
         state["agent"]["generator"] = agent.generator.get_state()
     agent.load_state_dict(state["agent"])
@@ -190,6 +191,15 @@ class Progress:
     evaluation: dict | None = None   # return, score, ... when an evaluation was made
 
 # %% ../nbs/14_training.ipynb #14-035
+def _check_meta(meta: dict, clip: float | None):
+    "Raise `RunError` if the actor could not reach the recorded actions, or scores could not be computed."
+    low, high = meta.get("action_low"), meta.get("action_high")
+    if clip is not None and low is not None and not (np.allclose(low, -clip) and np.allclose(high, clip)):
+        raise RunError(f"the data set's actions lie between {low} and {high}, but the algorithm keeps them within "
+                       f"{-clip} and {clip}; rescale the actions, or set clip to their bound")
+    if (ref := meta.get("ref_max_score")) is not None and not ref > meta["ref_min_score"]:
+        raise RunError(f"ref_max_score is {ref} and ref_min_score {meta['ref_min_score']}; the first must be larger")
+
 def _check_env(make_env: Callable | VectorEnv, data: Transitions):
     "Raise `RunError` unless the environment's vectors have the lengths of the data's."
     envs = make_env if isinstance(make_env, VectorEnv) else vectorize(make_env, 1)
@@ -210,6 +220,7 @@ class Training:
                  resume: bool = False):                           # go on with the run in `run_dir`, if there is one
         if config.batch_size > len(data):
             raise DataError(f"batch_size is {config.batch_size}, but the data set has only {len(data)} transitions")
+        _check_meta(data.meta, (algorithm or BDPOConfig()).clip)
         if make_env is not None: _check_env(make_env, data)
         self.config, self.algorithm, self.make_env = config, algorithm or BDPOConfig(), make_env
         device = pick_device(config.device)
@@ -391,9 +402,12 @@ def _open(self: Training, resume: bool):
             raise RunError(f"{self.dir} already holds a run; choose another directory, or resume it (resume=True)")
         then = _compare(path, now)["versions"]
         versions = then + [v for v in versions if v != then[-1]]
+    elif others := [f for f in ("last.pt", "best.pt", "metrics.csv", "evaluations.csv") if (self.dir / f).exists()]:
+        raise RunError(f"{self.dir} holds {', '.join(others)} but no config.json, so it is no run; choose another directory")
+    taken_up = path.exists()
     self.token = secrets.token_hex(8)
     _replace(self.dir / "owner", self.token.encode())
-    self._resume()
+    if taken_up: self._resume()
     _replace(path, json.dumps(now | dict(versions=versions), indent=2).encode())
     with _writing(self.dir):
         self.writers = {phase: SummaryWriter(self.dir / "tensorboard" / phase, purge_step=step + 1)

@@ -43,6 +43,9 @@ PLAN = TrainConfig(pretrain_steps=30, train_steps=40, batch_size=8, seed=3, devi
                    eval_episodes=3, num_actions=2, save_every=7)
 
 
+KILL, INT, TERM = signal.SIGKILL, signal.SIGINT, signal.SIGTERM
+
+
 class Walk(gym.Env):
     "Five steps; what one gets depends on every action."
 
@@ -95,11 +98,13 @@ def assert_same_run(here, there):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
+def settings():
+    "One thread, and a Ctrl-C that is heard (jobs in the background are started deaf)."
+    threads, handler = torch.get_num_threads(), signal.signal(INT, signal.default_int_handler)
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    signal.signal(INT, handler)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +125,6 @@ def at_call(owner, name, k, sig, times=1):
     setattr(owner, name, call)
 
 
-KILL, INT, TERM = signal.SIGKILL, signal.SIGINT, signal.SIGTERM
 DEATHS = [  # where, in which call, how; what becomes of the process; (each goes on where the one before it died)
     (BDPO, "update_behavior", 5, KILL, 1, -KILL),    # before there is anything to resume
     (os, "fsync", 3, KILL, 1, -KILL),                # in the first save of last.pt: written, not yet in its place
@@ -140,6 +144,7 @@ DEATHS = [  # where, in which call, how; what becomes of the process; (each goes
 
 def die_often(run_dir):
     "The run in one process after another, each of which gets a signal; prints how each ended, and what it left."
+    signal.signal(INT, signal.default_int_handler)
     start()  # torch imports much when it makes its first optimiser: once for all
     for owner, name, k, sig, times, _ in DEATHS:
         if (child := os.fork()) == 0:
@@ -467,3 +472,21 @@ def test_command_line_errors_are_one_line(error, monkeypatch):
     def fail(*args, **kwargs): raise error("runs/x already holds a run")
     monkeypatch.setattr(bdpo_lit.demo, "demo", fail)
     with pytest.raises(SystemExit, match="^bdpo: runs/x already holds a run$"): bdpo_lit.cli.main(["demo"])
+
+
+@pytest.mark.parametrize("meta, message", (
+    (dict(action_low=[-2.0, -2.0], action_high=[2.0, 2.0]), "actions lie between"),
+    (dict(ref_min_score=3.0, ref_max_score=3.0), "ref_max_score is 3.0"),
+))
+def test_data_that_do_not_fit_are_refused_before_the_first_update(meta, message):
+    zeros = torch.zeros(64, 2)
+    data = Transitions(zeros, zeros, zeros[:, 0], zeros, zeros[:, 0], torch.zeros(64, dtype=torch.int64), meta)
+    with pytest.raises(RunError, match=message): Training(data, TrainConfig(batch_size=8))
+
+
+def test_a_directory_with_foreign_files_is_left_alone(tmp_path):
+    (tmp_path / "metrics.csv").write_text("mine\n1\n")
+    zeros = torch.zeros(64, 2)
+    data = Transitions(zeros, zeros, zeros[:, 0], zeros, zeros[:, 0], torch.zeros(64, dtype=torch.int64))
+    with pytest.raises(RunError, match="no config.json"): Training(data, TrainConfig(batch_size=8), run_dir=tmp_path)
+    assert (tmp_path / "metrics.csv").read_text() == "mine\n1\n"
