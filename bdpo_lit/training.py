@@ -57,7 +57,7 @@ class TrainConfig:
         for name, low in least.items():
             x = getattr(self, name)
             if not isinstance(x, int) or x < low:
-                raise ValueError(f"{name} must be a whole number of at least {low}, got {x!r}")
+                raise ValueError(f"{name} must be an integer of at least {low}, got {x!r}")
         if self.pretrain_steps + self.train_steps == 0:
             raise ValueError("pretrain_steps and train_steps are both 0, so there is nothing to do; give one of them")
         if self.how not in ("best", "sample", "softmax"):
@@ -197,8 +197,9 @@ def _check_meta(meta: dict, clip: float | None):
     if clip is not None and low is not None and not (np.allclose(low, -clip) and np.allclose(high, clip)):
         raise RunError(f"the data set's actions lie between {low} and {high}, but the algorithm keeps them within "
                        f"{-clip} and {clip}; rescale the actions, or set clip to their bound")
-    if (ref := meta.get("ref_max_score")) is not None and not ref > meta["ref_min_score"]:
-        raise RunError(f"ref_max_score is {ref} and ref_min_score {meta['ref_min_score']}; the first must be larger")
+    lo, hi = meta.get("ref_min_score"), meta.get("ref_max_score")
+    if None not in (lo, hi) and not lo < hi:
+        raise RunError(f"ref_max_score is {hi} and ref_min_score {lo}; the first must be larger")
 
 def _check_env(make_env: Callable | VectorEnv, data: Transitions):
     "Raise `RunError` unless the environment's vectors have the lengths of the data's."
@@ -403,11 +404,10 @@ def _open(self: Training, resume: bool):
         then = _compare(path, now)["versions"]
         versions = then + [v for v in versions if v != then[-1]]
     elif others := [f for f in ("last.pt", "best.pt", "metrics.csv", "evaluations.csv") if (self.dir / f).exists()]:
-        raise RunError(f"{self.dir} holds {', '.join(others)} but no config.json, so it is no run; choose another directory")
-    taken_up = path.exists()
+        raise RunError(f"{self.dir} holds {', '.join(others)}, but no config.json: not a run; choose another directory")
     self.token = secrets.token_hex(8)
     _replace(self.dir / "owner", self.token.encode())
-    if taken_up: self._resume()
+    self._resume()
     _replace(path, json.dumps(now | dict(versions=versions), indent=2).encode())
     with _writing(self.dir):
         self.writers = {phase: SummaryWriter(self.dir / "tensorboard" / phase, purge_step=step + 1)
