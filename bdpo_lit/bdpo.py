@@ -34,7 +34,7 @@ class BDPOConfig:
     num_samples: int = 10                  # M, sampled paths (and one-step samples) per target
     max_q: bool = False                    # upper target: best of the M actions instead of their mean (antmaze)
     clip: float | None = 1.0               # predicted clean actions are clipped to [-clip, clip]; None: never
-    solver: str = "ddpm"                   # "ddpm" or "ddim", for whole walks (Q's target, acting); single steps are DDPM
+    solver: str = "ddpm"                   # "ddpm" or "ddim": whole walks (Q's target, acting); single steps are DDPM
     actor_hidden: tuple[int, ...] = (256,) * 4   # widths of both noise networks
     critic_hidden: tuple[int, ...] = (256,) * 3  # widths of Q and V_n
     time_dim: int = 64                     # size of the time embedding
@@ -230,7 +230,8 @@ def act(self: BDPO, obs: Float[Tensor, "B S"],   # states
     "Actions in [-clip, clip] from the slow copy of a policy."
     for name, ok, want in (("how", how in ("best", "sample", "softmax"), "'best', 'sample' or 'softmax'"),
                            ("learner", learner in ("actor", "behavior"), "'actor' or 'behavior'"),
-                           ("num_actions", num_actions >= 1, "at least 1"), ("temperature", temperature > 0, "positive")):
+                           ("num_actions", num_actions >= 1, "at least 1"),
+                           ("temperature", temperature > 0, "positive")):
         if not ok: raise ValueError(f"{name} must be {want}, got {locals()[name]!r}")
     c, eps = self.config, getattr(self, learner).target.at(obs.unsqueeze(1))
     M = 1 if how == "sample" else num_actions

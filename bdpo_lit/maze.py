@@ -289,7 +289,7 @@ def _refused(folder: Path, error: OSError) -> DataError:
 
 # %% ../nbs/12b_maze.ipynb #12-034
 def _find(dataset_id: str, recipe: dict) -> minari.MinariDataset | None:
-    "The complete set of this recipe, or None. Moves aside what is half-written; `DataError` on other sets and on locks."
+    "The complete set of this recipe, or None. Moves aside what is half-written; `DataError` on other sets or locks."
     folder, ours, complete = minari.storage.get_dataset_path(dataset_id), True, False
     try:
         if not folder.exists(): return None
