@@ -408,6 +408,18 @@ def test_directories_that_are_refused(spoil, changes, message, tmp_path):
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()} == before, "touched what it refused"
 
 
+def test_a_directory_with_foreign_files_is_left_alone(tmp_path):
+    (tmp_path / "metrics.csv").write_text("mine\n1\n")
+    with pytest.raises(RunError, match="holds metrics.csv, but no config.json.*another directory"): start(tmp_path)
+    assert (tmp_path / "metrics.csv").read_text() == "mine\n1\n" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_settings_of_another_time(tmp_path):
+    finish(tmp_path, pretrain_steps=1, train_steps=0, env=None)
+    edit(tmp_path / "last.pt", algorithm=load_checkpoint(tmp_path)["algorithm"] | dict(temper=1.0))
+    with pytest.raises(RunError, match="settings unknown here.*temper"): load_agent(tmp_path)
+
+
 @pytest.mark.parametrize("where", ["file", "file/run", "/proc/run"])
 def test_places_that_cannot_be_written(where, tmp_path):
     (tmp_path / "file").touch()
@@ -456,6 +468,15 @@ def test_environments_that_do_not_fit_the_data(env, vector):
         start(env=vectorize(make, 2) if vector else make)
 
 
+@pytest.mark.parametrize("meta, message", [
+    (dict(action_low=[-2.0, -1.0], action_high=[2.0, 1.0]), "actions lie between .* set clip to their bound"),
+    (dict(ref_min_score=3.0, ref_max_score=3.0), "ref_max_score is 3.0 and ref_min_score 3.0"),
+])
+def test_data_that_do_not_fit(meta, message):
+    with pytest.raises(RunError, match=message): start(data=replace(toy(), meta=meta))
+    start(data=replace(toy(), meta=dict(ref_max_score=3.0, action_low=[-1.0], action_high=[1.0])))
+
+
 # The command line
 
 def test_command_line_says_what_there_is(run, capsys):
@@ -472,21 +493,3 @@ def test_command_line_errors_are_one_line(error, monkeypatch):
     def fail(*args, **kwargs): raise error("runs/x already holds a run")
     monkeypatch.setattr(bdpo_lit.demo, "demo", fail)
     with pytest.raises(SystemExit, match="^bdpo: runs/x already holds a run$"): bdpo_lit.cli.main(["demo"])
-
-
-@pytest.mark.parametrize("meta, message", (
-    (dict(action_low=[-2.0, -2.0], action_high=[2.0, 2.0]), "actions lie between"),
-    (dict(ref_min_score=3.0, ref_max_score=3.0), "ref_max_score is 3.0"),
-))
-def test_data_that_do_not_fit_are_refused_before_the_first_update(meta, message):
-    zeros = torch.zeros(64, 2)
-    data = Transitions(zeros, zeros, zeros[:, 0], zeros, zeros[:, 0], torch.zeros(64, dtype=torch.int64), meta)
-    with pytest.raises(RunError, match=message): Training(data, TrainConfig(batch_size=8))
-
-
-def test_a_directory_with_foreign_files_is_left_alone(tmp_path):
-    (tmp_path / "metrics.csv").write_text("mine\n1\n")
-    zeros = torch.zeros(64, 2)
-    data = Transitions(zeros, zeros, zeros[:, 0], zeros, zeros[:, 0], torch.zeros(64, dtype=torch.int64))
-    with pytest.raises(RunError, match="no config.json"): Training(data, TrainConfig(batch_size=8), run_dir=tmp_path)
-    assert (tmp_path / "metrics.csv").read_text() == "mine\n1\n"
