@@ -3,6 +3,7 @@
 import re
 import socket
 import warnings
+from dataclasses import replace
 
 import gymnasium as gym
 import h5py
@@ -12,9 +13,11 @@ import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
 
+from bdpo_lit.bdpo import BDPO, BDPOConfig
 from bdpo_lit.data import (
     ACTION_MARGIN,
     DataError,
+    Scaling,
     Transitions,
     episode_returns,
     load,
@@ -360,3 +363,98 @@ def test_sampling_stays_on_the_gpu():
     data = Transitions(x, x / 10, x[:, 0], x + 1, torch.zeros(8), torch.zeros(8, dtype=torch.int64)).to("cuda")
     batch = data.sample(4, torch.Generator("cuda").manual_seed(0))
     assert all(t.device.type == "cuda" for t in batch)
+
+
+# ---- scaling
+
+LOW, HIGH = np.array([-0.3, 0.1], np.float32), np.array([0.7, 300.0], np.float32)
+
+
+def raw_transitions(T=400, **meta):
+    g = torch.Generator().manual_seed(0)
+    obs = torch.randn(T, 3, generator=g) * torch.tensor([40.0, 0.01, 0.0]) + torch.tensor([-3.0, 2.0, 9.0])
+    action = torch.from_numpy(LOW) + torch.rand(T, 2, generator=g) * torch.from_numpy(HIGH - LOW)
+    meta = dict(id="raw", source="raw", action_low=LOW, action_high=HIGH) | meta
+    return Transitions(obs, action, torch.rand(T), obs + 1, torch.zeros(T), torch.zeros(T, dtype=torch.int64), meta)
+
+
+def test_scaling_is_what_it_says_and_comes_back():
+    data = raw_transitions()
+    scaling = Scaling.fit(data)
+    scaled = scaling.apply(data)
+    np.testing.assert_allclose(scaling.obs_mean, data.obs.double().numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(scaling.obs_std[:2], data.obs.double().numpy().std(0)[:2], rtol=1e-12)
+    np.testing.assert_allclose(scaled.action, (data.action.numpy() - 0.5 * (LOW + HIGH)) / (0.5 * (HIGH - LOW)),
+                               atol=1e-6)
+    for name in ("reward", "terminal", "episode"):
+        assert torch.equal(getattr(scaled, name), getattr(data, name))
+    assert scaled.meta["scaling"] is scaling and "scaling" not in data.meta and scaled.meta["id"] == "raw"
+    assert scaled.meta["action_low"].tolist() == [-1, -1] and scaled.meta["action_high"].tolist() == [1, 1]
+    np.testing.assert_allclose(scaling.env_action(scaled.action), data.action, rtol=1e-6)
+    a = torch.rand(1000, 2, dtype=torch.float64) * 2 - 1
+    np.testing.assert_allclose(scaling.action(scaling.env_action(a)), a, atol=1e-13)
+
+
+def test_scaled_actions_land_exactly_on_the_bounds_and_never_outside():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        low = rng.normal(size=2).astype(np.float32)
+        high = low + rng.exponential(size=2).astype(np.float32) + np.float32(1e-3)
+        scaling = Scaling.fit(raw_transitions(action_low=low, action_high=high))
+        assert (scaling.env_action(torch.ones(2)).numpy() == high).all()
+        assert (scaling.env_action(-torch.ones(2)).numpy() == low).all()
+
+
+def test_scaling_with_nothing_to_do_changes_no_bit():
+    data = raw_transitions(action_low=-np.ones(2), action_high=np.ones(2))
+    scaling = Scaling.fit(data, normalize_obs=False)
+    assert torch.equal(scaling.apply(data).obs, data.obs) and torch.equal(scaling.apply(data).action, data.action)
+    assert torch.equal(scaling.env_action(data.action), data.action)
+    off = Scaling.fit(raw_transitions(action_low=None, action_high=None), normalize_obs=False, scale_actions=False)
+    assert torch.equal(off.env_action(data.action), data.action)
+
+
+def test_constant_coordinates_are_only_centred():
+    scaling = Scaling.fit(raw_transitions())
+    assert scaling.obs_std[2] == 1 and scaling.obs(torch.tensor([-3.0, 2.0, 9.5]))[2] == 0.5
+    assert scaling.obs_std[1] < 0.02                                             # small, but it moves
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(action_low=None), "one lower and one upper bound for each of the 2"),
+    (dict(action_high=np.ones(3)), "one lower and one upper bound"),
+    (dict(action_low=HIGH, action_high=LOW), "lower below upper"),
+    (dict(action_high=np.array([np.inf, 1])), "must be finite"),
+    (dict(action_low=np.array([np.nan, 0])), "must be finite"),
+])
+def test_bad_bounds_are_refused(changes, message):
+    with pytest.raises(DataError, match=f"raw.*{message}"):
+        Scaling.fit(raw_transitions(**changes))
+
+
+def test_nothing_is_scaled_twice_or_by_the_maps_of_another_set():
+    data = raw_transitions()
+    scaling = Scaling.fit(data)
+    for again in (Scaling.fit, scaling.apply):
+        with pytest.raises(DataError, match="already scaled"):
+            again(scaling.apply(data))
+    other = replace(data, obs=data.obs[:, :2].contiguous(), next_obs=data.next_obs[:, :2].contiguous())
+    with pytest.raises(DataError, match="2 and 2 components, but the scaling is for 3 and 2"):
+        scaling.apply(other)
+
+
+def test_an_agent_takes_raw_observations_and_gives_actions_of_the_environment(tmp_path):
+    data, config = raw_transitions(), BDPOConfig(num_critics=2, actor_hidden=(8,), critic_hidden=(8,), time_dim=4)
+    scaling = Scaling.fit(data)
+    agent, loaded = BDPO(3, 2, config), BDPO(3, 2, config, seed=1)
+    plain = agent.policy(seed=5)(scaling.obs(data.obs).numpy())
+    agent.set_scaling(**vars(scaling))
+    torch.save(agent.state_dict(), tmp_path / "agent.pt")
+    loaded.load_state_dict(torch.load(tmp_path / "agent.pt", weights_only=True))
+    played = loaded.policy(seed=5)(data.obs.numpy())
+    assert played.dtype == np.float32 and (played >= LOW).all() and (played <= HIGH).all()
+    np.testing.assert_array_equal(played, scaling.env_action(torch.from_numpy(plain)))
+    with pytest.raises(ValueError, match="obs_mean must be 3 finite numbers"):
+        agent.set_scaling(**{**vars(scaling), "obs_mean": torch.zeros(2), "obs_std": torch.ones(2)})
+    with pytest.raises(ValueError, match="action_half must be 2 finite positive numbers"):
+        agent.set_scaling(**{**vars(scaling), "action_half": torch.tensor([1.0, 0.0])})
