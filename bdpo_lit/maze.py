@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MAZE_ID', 'MAZE_ENV_ID', 'MAZE_MAP', 'CELLS', 'GOAL', 'START', 'GOAL_RADIUS', 'TIME_LIMIT', 'GOAL_XY', 'REACHED',
            'cell_center', 'cell_of', 'HiddenGoalMaze', 'make_maze_env', 'next_cell', 'WaypointController', 'play',
-           'random_policy', 'draw_maze', 'plot_trajectories', 'maze_reference', 'drive', 'collect_maze', 'episode_gif']
+           'random_policy', 'draw_maze', 'plot_trajectories', 'maze_reference', 'drive', 'permalink', 'find_or_make',
+           'collect_maze', 'episode_gif']
 
 # %% ../nbs/12b_maze.ipynb #12-003
 import importlib.metadata
@@ -251,11 +252,11 @@ def _minari_root(path: Path):
         if old is None: del os.environ["MINARI_DATASETS_PATH"]
         else: os.environ["MINARI_DATASETS_PATH"] = old
 
-def _permalink() -> str:
-    "Where this chapter is published, from the package's metadata."
+def permalink(chapter: str) -> str:  # its file name
+    "Where a chapter is published, from the package's metadata."
     try: urls = importlib.metadata.metadata("bdpo_lit").get_all("Project-URL") or []
     except importlib.metadata.PackageNotFoundError: urls = []
-    return dict(u.split(", ", 1) for u in urls).get("Repository", "bdpo_lit") + "/blob/main/nbs/12b_maze.ipynb"
+    return dict(u.split(", ", 1) for u in urls).get("Repository", "bdpo_lit") + f"/blob/main/nbs/{chapter}"
 
 # %% ../nbs/12b_maze.ipynb #12-032
 def _write(dataset_id: str, episodes: list[EpisodeBuffer], recipe: dict):
@@ -266,7 +267,7 @@ def _write(dataset_id: str, episodes: list[EpisodeBuffer], recipe: dict):
         dataset = minari.create_dataset_from_buffers(
             dataset_id, episodes, env=gym.make(MAZE_ENV_ID, start="any"), eval_env=gym.make(MAZE_ENV_ID),
             algorithm_name="waypoint controller (breadth-first search, PD) with random goals and action noise",
-            author="The bdpo_lit authors", code_permalink=_permalink(),
+            author="The bdpo_lit authors", code_permalink=permalink("12b_maze.ipynb"),
             requirements=["mujoco>=3.2.3,<3.4", "gymnasium-robotics>=1.4.2"],
             ref_min_score=low, ref_max_score=high, num_episodes_average_score=30,
             description="A point in a U-shaped maze is driven to random goals; the observation (x, y, vx, vy) hides "
@@ -310,6 +311,24 @@ def _find(dataset_id: str, recipe: dict) -> minari.MinariDataset | None:
     return None
 
 # %% ../nbs/12b_maze.ipynb #12-035
+def find_or_make(dataset_id: str,             # Minari's id: letters, slashes, ends in -vN
+                 recipe: dict,                # all that decides what is in the set; with "num_steps", its size
+                 make: Callable[[], None],    # writes the set under Minari's current root, its recipe in the metadata
+                ) -> minari.MinariDataset:    # in Minari's local root, MINARI_DATASETS_PATH if set
+    "The stored set of this recipe, or a new one that appears in one move. Raises `DataError` as told above."
+    if (found := _find(dataset_id, recipe)) is not None: return found
+    root = minari.storage.get_dataset_path()
+    for old in root.glob(".collecting-*"):      # left behind by a process that was killed
+        if time.time() - old.stat().st_mtime > 3600: shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".collecting-") as temp:
+        with _minari_root(Path(temp)): make()
+        (root / dataset_id).parent.mkdir(parents=True, exist_ok=True)
+        try: os.rename(Path(temp) / dataset_id, root / dataset_id)
+        except OSError:                          # another process was faster
+            if (found := _find(dataset_id, recipe)) is None: raise
+    return minari.load_dataset(dataset_id)
+
+# %% ../nbs/12b_maze.ipynb #65530d3c
 def collect_maze(num_steps: int = 50_000,     # transitions
                  seed: int = 0,               # same seed, same data
                  dataset_id: str = MAZE_ID,   # Minari's id: letters, slashes, ends in -vN
@@ -319,19 +338,11 @@ def collect_maze(num_steps: int = 50_000,     # transitions
     "Collect the maze data, or return them if they are there already. Raises `DataError`."
     if num_steps < 2: raise DataError(f"num_steps must be at least 2, got {num_steps}")
     recipe = dict(num_steps=int(num_steps), seed=int(seed), noise=float(noise), version=1)
-    if (found := _find(dataset_id, recipe)) is not None: return found
-    with tqdm(total=num_steps, unit="step", desc="maze", disable=not progress) as bar:
-        episodes = drive(num_steps, seed, noise, bar=bar)
-    root = minari.storage.get_dataset_path()
-    for old in root.glob(".collecting-*"):      # left behind by a process that was killed
-        if time.time() - old.stat().st_mtime > 3600: shutil.rmtree(old, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=".collecting-") as temp:
-        with _minari_root(Path(temp)): _write(dataset_id, episodes, recipe)
-        (root / dataset_id).parent.mkdir(parents=True, exist_ok=True)
-        try: os.rename(Path(temp) / dataset_id, root / dataset_id)
-        except OSError:                          # another process was faster
-            if (found := _find(dataset_id, recipe)) is None: raise
-    return minari.load_dataset(dataset_id)
+    def make():
+        with tqdm(total=num_steps, unit="step", desc="maze", disable=not progress) as bar:
+            episodes = drive(num_steps, seed, noise, bar=bar)
+        _write(dataset_id, episodes, recipe)
+    return find_or_make(dataset_id, recipe, make)
 
 # %% ../nbs/12b_maze.ipynb #12-056
 def _mujoco_frames(states: np.ndarray) -> list[np.ndarray]:
