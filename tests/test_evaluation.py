@@ -5,14 +5,13 @@ import numpy as np
 import pytest
 
 import bdpo_lit.evaluation as evaluation
+from bdpo_lit.data import D4RL_REFERENCES, reference_scores
 from bdpo_lit.evaluation import (
-    D4RL_REFERENCES,
     bootstrap_interval,
     episode_seeds,
     evaluate,
     iqm,
     normalized_score,
-    reference_scores,
     score_table,
     vectorize,
 )
