@@ -15,8 +15,7 @@ import numpy as np
 from jaxtyping import Float
 from minari.data_collector import EpisodeBuffer
 from tqdm.auto import tqdm
-from .data import DataError
-from .evaluation import reference_scores
+from .data import DataError, reference_scores
 from .maze import find_or_make, permalink
 
 # %% ../nbs/15b_halfcheetah.ipynb #30660d48

@@ -188,7 +188,10 @@ def demo(preset: str = "short",            # "short" (minutes on two cores) or "
     if not training.finished:
         print(f"Stopped. The run is kept in {run_dir}; the same command goes on with it.")
         return {}
-    played = contest(training.agent, fit_gaussian(data, seed=seed), episodes)
+    try: played = contest(training.agent, fit_gaussian(data, seed=seed), episodes)
+    except KeyboardInterrupt:
+        print(f"Stopped. Training is finished and kept in {run_dir}; the same command goes on with the contest.")
+        return {}
     lo, hi = data.meta["ref_min_score"], data.meta["ref_max_score"]
     result = dict(preset=preset, seed=seed, train_seconds=trained and round(trained),
                   seconds=round(time.perf_counter() - start) if fresh else None,

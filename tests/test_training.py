@@ -89,10 +89,12 @@ def same_agent(a, b):
 
 
 def assert_same_run(here, there):
-    for file in ("metrics.csv", "evaluations.csv"): assert (here / file).read_text() == (there / file).read_text()
+    for file in ("metrics.csv", "evaluations.csv", "warnings.csv"):
+        assert (here / file).exists() == (there / file).exists()
+        if (here / file).exists(): assert (here / file).read_text() == (there / file).read_text()
     for file in ("last.pt", "best.pt"):
         a, b = load_checkpoint(here / file), load_checkpoint(there / file)
-        assert a["steps"] == b["steps"] and a["evaluations"] == b["evaluations"]
+        for key in ("steps", "evaluations", "warnings"): assert a[key] == b[key]
         assert torch.equal(a["order"], b["order"])
         assert same_agent(load_agent(here / file, "cpu"), load_agent(there / file, "cpu"))
 
@@ -311,6 +313,89 @@ def test_divergence_keeps_the_last_good_checkpoint(phase, advice, tmp_path):
     assert load_checkpoint(tmp_path)["steps"][phase] == 12
 
 
+# Signs of trouble
+
+def test_bounds_of_values_by_brute_force():
+    g = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        r, end = torch.randn(6, generator=g), (torch.rand(6, generator=g) < 0.5).float()
+        data = replace(toy(6), reward=r, terminal=end)
+        on, off, gamma = r[end == 0].tolist(), r[end == 1].tolist(), 0.8
+        worth = lambda k, a, b: (1 - gamma**k) / (1 - gamma) * a + gamma**k * b  # noqa: E731
+        values = [worth(k, a, b) for k in (0, 1, 3, 200) for a in on or [0] for b in off or [0]
+                  if (k == 0 or on) and (k == 200 or off)]
+        assert training.attainable(data, gamma) == pytest.approx((min(values), max(values)), abs=1e-3)
+    assert training.attainable(replace(toy(), reward=torch.ones(50)), 1.0) == (-np.inf, np.inf)
+
+
+WILD = replace(TINY, critic_lr=1.0, actor_lr=3.0, behavior_lr=3.0)
+
+
+def test_warns_once_per_metric_and_again_after_a_kill(tmp_path, capsys):
+    told = [w for p in start(algorithm=WILD, env=None).run() for w in p.warnings]
+    names = [w["metric"] for w in told]
+    assert len(names) == len(set(names)) and {"behavior/loss", "q/loss", "q/penalty"} <= set(names)
+    assert told[0]["metric"] == "behavior/loss" and (told[0]["phase"], told[0]["step"]) == ("pretrain", 10)
+    assert all("try " in w["text"] and w["value"] > w["limit"] or w["metric"] == "q/mean" for w in told)
+    through = finish(tmp_path / "through", algorithm=WILD)
+    with open(tmp_path / "through" / "warnings.csv") as f: rows = list(csv.DictReader(f))
+    assert [(r["metric"], int(r["step"])) for r in rows] == [(w["metric"], w["step"]) for w in told]
+    for updates in (12, 30, 15):  # left after a row was written and before it was saved
+        loop = start(tmp_path / "parts", algorithm=WILD, save_every=1000).run()
+        for _ in range(updates): next(loop)
+        del loop  # the generator's own save happens here; then what a kill would have left:
+        with open(tmp_path / "parts" / "warnings.csv", "a") as f: f.write("99,train,v/std,1,0,lost\n40,tr")
+    watch(start(tmp_path / "parts", algorithm=WILD))
+    assert_same_run(tmp_path / "parts", through.dir)
+    said = capsys.readouterr().err
+    assert "warning: behavior/loss is" in said and "at update 10 of phase 'pretrain', limit 2: " in said
+
+
+def test_a_healthy_run_is_silent(through):
+    assert not through.warnings and not (through.dir / "warnings.csv").exists()
+
+
+# Units
+
+class Wide(Walk):
+    "Walk with actions between -2 and 6, of which it takes a quarter."
+    action_space = gym.spaces.Box(-2, 6, (2,))
+
+    def step(self, action): return super().step((action - 2) / 4)
+
+
+def test_scaled_runs_make_the_same_updates_and_play_in_the_units_of_the_environment(through, tmp_path):
+    data = toy()
+    bounds = dict(action_low=np.full(2, -2.0), action_high=np.full(2, 6.0))
+    wide = replace(data, action=4 * data.action + 2, meta=data.meta | bounds)
+    t = finish(tmp_path / "run", data=wide, env=Wide)
+    assert torch.allclose(t.data.action, data.action, atol=1e-6)
+    for a, b in zip(tensors(t.agent.actor.state_dict()), tensors(through.agent.actor.state_dict()), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+    obs = np.ones((9, 3), np.float32)
+    np.testing.assert_allclose(load_agent(tmp_path / "run").policy(seed=0)(obs),
+                               4 * through.agent.policy(seed=0)(obs) + 2, atol=1e-3)
+    with pytest.raises(RunError, match="environment's actions lie between"): start(data=wide)
+    with pytest.raises(RunError, match="set clip to 1.0"):
+        start(data=wide, env=Wide, algorithm=replace(TINY, clip=2.0))
+
+
+def test_normalized_observations_are_saved_with_the_agent(through, tmp_path):
+    data = toy()
+    far = replace(data, obs=1000 * data.obs + 500, next_obs=1000 * data.next_obs + 500)
+    t = finish(tmp_path / "run", data=far, env=None, normalize_obs=True)
+    assert t.data.obs.mean(0).abs().max() < 1e-5 and torch.allclose(t.data.obs.std(0, correction=0), torch.ones(3))
+    near = data.obs.numpy()
+    agent = load_agent(tmp_path / "run")
+    np.testing.assert_array_equal(agent.policy(seed=0)(1000 * near + 500), t.agent.policy(seed=0)(1000 * near + 500))
+    seen = (near - near.mean(0)) / near.std(0)
+    unscaled = BDPO(3, 2, TINY)
+    unscaled.load_state_dict(agent.state_dict() | dict(scaling=unscaled.scaling))
+    np.testing.assert_allclose(agent.policy(seed=0)(1000 * near + 500), unscaled.policy(seed=0)(seen), atol=1e-3)
+    with pytest.raises(RunError, match="normalize_obs is True there and False here"):
+        start(tmp_path / "run", data=far, env=None)
+
+
 # Files
 
 def edit(path, **changes): save_checkpoint(path, load_checkpoint(path) | changes)
@@ -329,7 +414,8 @@ FAULTS = {
     "evil in torch": (lambda p: torch.save(dict(x=Evil(p.with_name("touched"))), p), "not bdpo_lit's"),
     "other": (lambda p: torch.save(dict(weight=torch.zeros(2)), p), "not a checkpoint of bdpo_lit"),
     "tensor": (lambda p: torch.save(torch.zeros(2), p), "not a checkpoint of bdpo_lit"),
-    "newer": (lambda p: edit(p, version=2), "version 2, and this bdpo_lit reads version 1; use the release"),
+    "newer": (lambda p: edit(p, version=3), "version 3, and this bdpo_lit reads version 2; use the release"),
+    "older": (lambda p: edit(p, version=1), "version 1, and this bdpo_lit reads version 2; use the release"),
     "gone": (lambda p: p.unlink(), "no checkpoint"),
 }
 
@@ -478,7 +564,7 @@ def test_environments_that_do_not_fit_the_data(env, vector):
 
 
 @pytest.mark.parametrize("meta, message", [
-    (dict(action_low=[-2.0, -1.0], action_high=[2.0, 1.0]), "actions lie between .* set clip to their bound"),
+    (dict(action_low=[-2.0, -1.0], action_high=[2.0, 1.0]), "environment's actions lie between .* must agree"),
     (dict(ref_min_score=3.0, ref_max_score=3.0), "ref_max_score is 3.0 and ref_min_score 3.0"),
 ])
 def test_data_that_do_not_fit(meta, message):
@@ -495,6 +581,16 @@ def test_command_line_says_what_there_is(run, capsys):
     done = run("bdpo", "demo", "--preset", "fast", check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert all(word in done.stdout + done.stderr for word in ("--preset", "'fast'", "'short'", "'long'"))
+
+
+def test_ctrl_c_after_training_ends_politely(tmp_path, monkeypatch, capsys):
+    preset = bdpo_lit.demo.Preset(replace(PLAN, pretrain_steps=1, train_steps=1, eval_episodes=1, save_every=1), TINY)
+    monkeypatch.setitem(bdpo_lit.demo.PRESETS, "short", preset)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setattr(bdpo_lit.demo, "fit_gaussian", lambda *args, **kwargs: signal.raise_signal(INT))
+    assert bdpo_lit.demo.demo(run_dir=tmp_path / "run", num_steps=100, dataset_id="test/ctrl-c-v0") == {}
+    assert "Training is finished and kept in" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "run")["steps"] == dict(pretrain=1, train=1)
 
 
 @pytest.mark.parametrize("error", [RunError, DataError])
