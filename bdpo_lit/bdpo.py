@@ -271,6 +271,7 @@ def policy(self: BDPO, how: str = "best",        # as `BDPO.act`
         obs = torch.as_tensor(((np.asarray(obs, np.float64) - mean) / std).astype(np.float32), device=self.device)
         action = self.act(obs, how, num_actions, temperature, learner, generator).cpu().numpy()
         return (mid + half * action.astype(np.float64)).astype(np.float32)
+    play.num_actions = 1 if how == "sample" else num_actions   # an evaluation states it
     return play
 
 @patch

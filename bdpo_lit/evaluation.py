@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAX_STEPS', 'Evaluation', 'episode_seeds', 'vectorize', 'evaluate', 'normalized_score', 'iqm', 'bootstrap_interval',
-           'score_table']
+           'score_table', 'record_video', 'aggregate']
 
 # %% ../nbs/13_evaluation.ipynb #13-003
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import gymnasium as gym
 import numpy as np
@@ -27,6 +27,8 @@ class Evaluation:
     lengths: Int[np.ndarray, "E"]                 # steps
     success: Float[np.ndarray, "E"] | None        # 1 where success was reported at some step; None if it never is
     trajectories: list[np.ndarray] | None = None  # per episode the observations (T + 1, S), if asked for
+    seed: int | None = None                       # of the evaluation
+    num_actions: int | None = None                # candidates per decision; None: the policy does not say
 
     def __len__(self) -> int:
         return len(self.returns)
@@ -76,7 +78,8 @@ def evaluate(policy: Callable,               # (n, S) float32 -> (n, A): observa
         raise ValueError(f"the environments must not reset themselves, but their autoreset_mode is {mode}; "
                          "build them with `vectorize`")
     envs = vectorize(make_env, min(episodes, num_envs or 20)) if own else make_env
-    try: return _play_all(policy, envs, episode_seeds(seed, episodes), progress, trajectories)
+    stated = dict(seed=seed, num_actions=getattr(policy, "num_actions", None))
+    try: return replace(_play_all(policy, envs, episode_seeds(seed, episodes), progress, trajectories), **stated)
     finally:
         if own: envs.close()
 
@@ -119,14 +122,14 @@ def normalized_score(returns: Float[np.ndarray, "*E"] | Sequence | float,  # ret
     if not ref_min < ref_max: raise ValueError(f"ref_min must be below ref_max, got {ref_min} and {ref_max}")
     return 100 * (np.asarray(returns, float) - ref_min) / (ref_max - ref_min)
 
-# %% ../nbs/13_evaluation.ipynb #13-026
+# %% ../nbs/13_evaluation.ipynb #13-025
 def iqm(x: Float[np.ndarray, "*B E"] | Sequence,  # scores
         axis: int = -1,                           # averaged over
        ) -> Float[np.ndarray, "*B"] | float:
     "Interquartile mean: the mean of the middle half. Less moved by outliers than the mean, finer than the median."
     return stats.trim_mean(x, 0.25, axis=axis)
 
-# %% ../nbs/13_evaluation.ipynb #13-027
+# %% ../nbs/13_evaluation.ipynb #13-026
 def bootstrap_interval(x: Float[np.ndarray, "E"] | Sequence, # independent results: returns of episodes, scores of seeds
                        level: float = 0.95,                  # of confidence
                        seed: int = 0,                        # of the resampling
@@ -142,18 +145,84 @@ def bootstrap_interval(x: Float[np.ndarray, "E"] | Sequence, # independent resul
                              vectorized=True, rng=np.random.default_rng(seed))
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
-# %% ../nbs/13_evaluation.ipynb #13-035
+# %% ../nbs/13_evaluation.ipynb #13-034
 def score_table(results: Mapping[str, Evaluation],  # name -> what it did
                 ref_min: float,                     # return that counts as 0
                 ref_max: float,                     # return that counts as 100
                 level: float = 0.95,                # of the interval
                 seed: int = 0,                      # of the bootstrap
                ) -> str:                            # Markdown
-    "Normalized scores with intervals, one row per policy."
-    rows = [f"| policy | score | {level:.0%} interval | IQM | success | episodes |", "|:--|--:|:-:|--:|--:|--:|"]
+    "Normalized scores with intervals, and how they were obtained, one row per policy."
+    rows = [f"| policy | score | {level:.0%} interval | IQM | success | episodes | seed | actions per decision |",
+            "|:--|--:|:-:|--:|--:|--:|--:|--:|"]
+    known = lambda x: "–" if x is None else x
     for name, e in results.items():
         score = normalized_score(e.returns, ref_min, ref_max)
         lo, hi = bootstrap_interval(score, level, seed)
         success = "–" if e.success is None else f"{e.success_rate:.0%}"
-        rows.append(f"| {name} | {score.mean():.1f} | {lo:.1f} to {hi:.1f} | {iqm(score):.1f} | {success} | {len(e)} |")
+        rows.append(f"| {name} | {score.mean():.1f} | {lo:.1f} to {hi:.1f} | {iqm(score):.1f} | {success} | {len(e)} "
+                    f"| {known(e.seed)} | {known(e.num_actions)} |")
     return "\n".join(rows)
+
+# %% ../nbs/13_evaluation.ipynb #13-039
+class _Camera(gym.Wrapper):
+    "Photographs every k-th state of the first episode."
+    def __init__(self, env: gym.Env, every: int, size: int):
+        super().__init__(env)
+        self.every, self.size, self.frames, self.t = every, size, [], 0
+
+    def _shoot(self):
+        try: frame = Image.fromarray(self.env.render())
+        except Exception as e:
+            raise RuntimeError(f"cannot render here ({type(e).__name__}: {e}); without a display, set MUJOCO_GL=egl "
+                               "(or osmesa) before Python starts, and install that library") from e
+        frame.thumbnail((self.size, self.size))
+        self.frames.append(frame)
+
+    def reset(self, **kwargs):
+        result = super().reset(**kwargs)
+        if self.t == 0: self._shoot()
+        return result
+
+    def step(self, action):
+        result = super().step(action)
+        self.t += 1
+        if self.t % self.every == 0 or result[2] or result[3]: self._shoot()
+        return result
+
+def record_video(policy: Callable,                  # as in `evaluate`
+                 make_env: Callable[[], gym.Env],   # builds one with render_mode="rgb_array" and a time limit
+                 path: str | Path,                  # of the .gif to write
+                 seed: int = 0,                     # the episode is the first one of `evaluate` with this seed
+                 every: int = 4,                    # steps from one frame to the next
+                 size: int = 160,                   # pixels along the longer side
+                ) -> Evaluation:                    # of that episode
+    "One episode as a GIF in real time. `RuntimeError` where nothing can be rendered, `ValueError` on bad arguments."
+    path, camera = Path(path), _Camera(make_env(), every, size)
+    if path.suffix != ".gif" or every < 1: raise ValueError(f"need a .gif and every >= 1, got {path.name} and {every}")
+    if camera.render_mode != "rgb_array":
+        raise ValueError(f"the environment has render_mode={camera.render_mode!r}; build it with "
+                         'gym.make(..., render_mode="rgb_array")')
+    result = evaluate(policy, lambda: camera, episodes=1, seed=seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    duration = 1000 * every / camera.metadata.get("render_fps", 30)
+    first, *others = camera.frames
+    first.save(path, save_all=True, append_images=others, duration=duration, loop=0, optimize=True)
+    return result
+
+# %% ../nbs/13_evaluation.ipynb #13-049
+def aggregate(scores: Mapping[str, Sequence],   # task -> scores of its seeds, two or more
+              statistic: Callable = np.mean,    # takes `axis`; e.g. `iqm`
+              level: float = 0.95,              # of confidence
+              seed: int = 0,                    # of the resampling
+              resamples: int = 2000,            # how often to draw
+             ) -> tuple[float, float, float]:   # (value, lo, hi)
+    "One number for several tasks, all scores weighing the same, with its stratified bootstrap interval over seeds."
+    tasks = {name: np.asarray(x, float).ravel() for name, x in scores.items()}
+    if bad := [name for name, x in tasks.items() if len(x) < 2 or not np.isfinite(x).all()] or (not tasks and ["none"]):
+        raise ValueError(f"every task needs two seeds or more, with finite scores; look at: {', '.join(bad)}")
+    pooled = lambda *parts, axis: statistic(np.concatenate(parts, axis), axis=axis)
+    drawn = stats.bootstrap(tuple(tasks.values()), pooled, confidence_level=level, n_resamples=resamples,
+                            method="percentile", vectorized=True, rng=np.random.default_rng(seed))
+    interval = drawn.confidence_interval
+    return float(pooled(*tasks.values(), axis=0)), float(interval.low), float(interval.high)
