@@ -6,7 +6,7 @@
 __all__ = ['CHEETAH_ID', 'CHEETAH_ENV_ID', 'EPISODE', 'make_cheetah_env', 'LinearPolicy', 'record', 'merge_moments', 'ars_step',
            'ars', 'replay', 'collect_cheetah']
 
-# %% ../nbs/15b_halfcheetah.ipynb #773444de
+# %% ../nbs/15b_halfcheetah.ipynb #ff1ac080
 import warnings
 from dataclasses import dataclass
 import gymnasium as gym
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .data import DataError, reference_scores
 from .maze import find_or_make, permalink
 
-# %% ../nbs/15b_halfcheetah.ipynb #30660d48
+# %% ../nbs/15b_halfcheetah.ipynb #3c6acbc3
 CHEETAH_ID = "bdpo/halfcheetah-replay-v0"   # of the data set
 CHEETAH_ENV_ID = "HalfCheetah-v5"           # of the environment
 EPISODE = 1000                              # steps in an episode
@@ -28,7 +28,7 @@ def make_cheetah_env(render_mode: str | None = None,  # None or "rgb_array"
     "Gymnasium's HalfCheetah, truncated after 1000 steps."
     return gym.make(CHEETAH_ENV_ID, render_mode=render_mode, disable_env_checker=True)
 
-# %% ../nbs/15b_halfcheetah.ipynb #0022a6c5
+# %% ../nbs/15b_halfcheetah.ipynb #74cb570a
 @dataclass(frozen=True)
 class LinearPolicy:
     "a = W (s - mean) / std, kept within [-1, 1]."
@@ -60,7 +60,7 @@ def record(policy: LinearPolicy,        # who acts
     return EpisodeBuffer(seed=seed, observations=np.array(obs), actions=actions, rewards=rewards,
                          terminations=np.zeros(steps, bool), truncations=last)
 
-# %% ../nbs/15b_halfcheetah.ipynb #6b2e4717
+# %% ../nbs/15b_halfcheetah.ipynb #e30b67d0
 def merge_moments(n: int, mean: np.ndarray, var: np.ndarray,  # count, mean and variance so far
                   new: Float[np.ndarray, "k S"],              # more states
                  ) -> tuple[int, np.ndarray, np.ndarray]:     # of all together
@@ -69,7 +69,7 @@ def merge_moments(n: int, mean: np.ndarray, var: np.ndarray,  # count, mean and 
     total = n + k
     return total, mean + shift * k / total, (n * var + k * new.var(0)) / total + shift**2 * n * k / total**2
 
-# %% ../nbs/15b_halfcheetah.ipynb #8d897552
+# %% ../nbs/15b_halfcheetah.ipynb #9513cf8c
 def ars_step(W: Float[np.ndarray, "A S"],      # weights
              deltas: Float[np.ndarray, "D A S"],  # directions
              returns: Float[np.ndarray, "D 2"],   # of W + nu delta and of W - nu delta
@@ -105,7 +105,7 @@ def ars(iterations: int = 32,      # updates; each plays 2 D episodes
     env.close()
     return policies, np.array(history)
 
-# %% ../nbs/15b_halfcheetah.ipynb #38370946
+# %% ../nbs/15b_halfcheetah.ipynb #2d6b3247
 def replay(policies: list[LinearPolicy],  # of one learner, first to last
            num_steps: int,                # transitions in total; the last episode may be shorter
            seed: int = 0,                 # same seed, same data
@@ -122,7 +122,7 @@ def replay(policies: list[LinearPolicy],  # of one learner, first to last
     env.close()
     return episodes
 
-# %% ../nbs/15b_halfcheetah.ipynb #d86351a2
+# %% ../nbs/15b_halfcheetah.ipynb #290d3e80
 def _write(dataset_id: str, episodes: list[EpisodeBuffer], recipe: dict):
     "Store the episodes as a Minari data set under its current root."
     low, high = reference_scores("halfcheetah")
