@@ -6,7 +6,7 @@
 __all__ = ['EMBEDDED', 'COMMANDS', 'Demo', 'Collect', 'Describe', 'find_task', 'Train', 'open_run', 'train', 'Evaluate',
            'evaluate_run', 'Plot', 'main']
 
-# %% ../nbs/16_command_line.ipynb #c654eef6
+# %% ../nbs/16_command_line.ipynb #e5323ea2
 import argparse
 import sys
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from typing import Literal
 import tyro
 from tyro.conf import Positional
 
-# %% ../nbs/16_command_line.ipynb #7cfdef18
+# %% ../nbs/16_command_line.ipynb #68003b77
 @dataclass
 class Demo:
     "The main job: collect maze data, clone the behaviour, train BDPO, play, draw."
@@ -76,7 +76,7 @@ def _save(figure, path: Path):
     figure.savefig(path, dpi=120)
     print(f"picture: {path}")
 
-# %% ../nbs/16_command_line.ipynb #d92d32a7
+# %% ../nbs/16_command_line.ipynb #2a1a5a7b
 EMBEDDED = ("maze", "maze-long", "halfcheetah")
 
 def find_task(name: str):  # of a preset
@@ -84,8 +84,8 @@ def find_task(name: str):  # of a preset
     from bdpo_lit.tasks import Task, d4rl_task
     from bdpo_lit.training import RunError
     if name == "halfcheetah":
-        from bdpo_lit.cheetah import CHEETAH_ENV_ID, CHEETAH_ID, PRESET
-        return Task(PRESET.train, PRESET.algorithm, PRESET.reward, CHEETAH_ENV_ID, CHEETAH_ID)
+        from bdpo_lit.cheetah import PRESET
+        return PRESET
     if name in EMBEDDED:
         from bdpo_lit.demo import PRESETS
         from bdpo_lit.maze import MAZE_ENV_ID, MAZE_ID
@@ -94,7 +94,7 @@ def find_task(name: str):  # of a preset
     try: return d4rl_task(name)
     except RunError as e: raise RunError(f"{e}, {', '.join(EMBEDDED)}") from None
 
-# %% ../nbs/16_command_line.ipynb #5481449f
+# %% ../nbs/16_command_line.ipynb #4285f0fa
 @dataclass
 class Train:
     "Train BDPO on a data set. The same command again goes on with an interrupted run."
@@ -129,7 +129,7 @@ def _train_command(args: list[str]) -> type[Train]:
     Full.__doc__ = Train.__doc__
     return Full
 
-# %% ../nbs/16_command_line.ipynb #b22447f7
+# %% ../nbs/16_command_line.ipynb #02b30225
 def open_run(command: Train):  # with `train` and `algorithm`
     "Load the data, scale the rewards, find the environment; the `Training`, ready to run."
     import minari
@@ -155,18 +155,17 @@ def open_run(command: Train):  # with `train` and `algorithm`
     return Training(data, config, c.algorithm, make_env, c.run_dir or Path("runs") / f"{name}-{config.seed}",
                     resume=True, about=about)
 
-# %% ../nbs/16_command_line.ipynb #e5370848
+# %% ../nbs/16_command_line.ipynb #5efbe831
 def train(command: Train):
     "Run it behind a bar, from where it is to its end or to Ctrl-C."
-    import torch
     from bdpo_lit.training import watch
-    if command.threads is not None: torch.set_num_threads(command.threads)
+    if command.threads is not None: _use_threads(command.threads)
     run = open_run(command)
     d, steps, c, a = run.data, run.steps, run.config, run.algorithm
     print(f"{len(d)} transitions of {d.meta['id']}, rewards x {d.meta['reward_scale']:.4g}; "
           + ("played in " + (run.make_env().spec.id if run.make_env else "no environment: give --env to see scores")))
     at = "new" if not sum(steps.values()) else f"taken up at update {steps['pretrain']} + {steps['train']}"
-    print(f"{run.dir}: {at}, of {c.pretrain_steps} + {c.train_steps}, on {run.agent.device}")
+    print(f"{run.dir}: {at}, of {c.pretrain_steps} + {c.train_steps}, on {run.agent.device}", flush=True)
     if c.train_steps and a.warmup_steps >= c.train_steps:
         print(f"note: the actor starts after {a.warmup_steps} updates (--algorithm.warmup-steps), "
               f"but only {c.train_steps} are asked for: it will stay the clone it starts as")
@@ -181,7 +180,12 @@ def train(command: Train):
               f"{c.eval_episodes} episodes each")
     print(f"Finished: {len(run.warnings)} warnings. Next: bdpo evaluate {run.dir}")
 
-# %% ../nbs/16_command_line.ipynb #e2dcd206
+def _use_threads(n: int):
+    import torch
+    if n < 1: raise ValueError(f"threads must be at least 1, got {n}")
+    torch.set_num_threads(n)
+
+# %% ../nbs/16_command_line.ipynb #077a0c80
 @dataclass
 class Evaluate:
     "Play the last and the best policy of a run; print the results and add them to RUN/evaluation.json."
@@ -191,21 +195,21 @@ class Evaluate:
     how: Literal["best", "sample", "softmax"] | None = None    # choice among the candidates; default: as in training
     num_actions: int | None = None                             # candidates per decision; default: as in training
     env: str | None = None                                     # another environment than the one noted in the run
-    video: Path | None = None                                  # also film one episode of the last policy (MP4 or GIF)
+    video: Path | None = None                                  # also film the first episode of the last policy (GIF)
     device: str = "auto"                                       # as torch names it
     threads: int = 1                                           # of torch on the CPU
 
     def __call__(self):
-        import torch
-        torch.set_num_threads(self.threads)
+        _use_threads(self.threads)
         evaluate_run(self)
 
 def evaluate_run(command: Evaluate):
     "Play, print, note."
     from bdpo_lit.demo import provenance
     from bdpo_lit.tasks import judge_run
-    from bdpo_lit.training import append_json
+    from bdpo_lit.training import RunError, append_json
     c = command
+    if c.video and c.video.suffix != ".gif": raise RunError(f"the video is a .gif, got {c.video}")
     result = judge_run(c.run, c.episodes, c.seed, c.how, c.num_actions, c.env, c.device, progress=True)
     M = "one action" if result["how"] == "sample" else f"{result['how']} of {result['num_actions']} actions by Q"
     print(f"{c.run}: {result['episodes']} episodes in {result['env_id']} from seed {result['seed']}, {M} per decision")
@@ -217,8 +221,17 @@ def evaluate_run(command: Evaluate):
         print(f"{which:>8s} {r['step']:9d} " + " ".join(cell(n) for n in names))
     file = append_json(c.run / "evaluation.json", result | dict(provenance=provenance()))
     print(f"noted in {file}")
+    if c.video: _film(c.video, c.run, result, c.device)
 
-# %% ../nbs/16_command_line.ipynb #25fb6855
+def _film(path: Path, run: Path, result: dict, device: str):
+    from bdpo_lit.evaluation import record_video
+    from bdpo_lit.tasks import env_maker
+    from bdpo_lit.training import load_agent
+    policy = load_agent(run, device).policy(result["how"], result["num_actions"], seed=result["seed"])
+    record_video(policy, lambda: env_maker(result["env"])(render_mode="rgb_array"), path, result["seed"])
+    print(f"video: {path}")
+
+# %% ../nbs/16_command_line.ipynb #64ec814d
 @dataclass
 class Plot:
     "Draw the learning curves of one or several runs; seeds of the same settings as mean and range."
@@ -229,7 +242,7 @@ class Plot:
         from bdpo_lit.training import draw_runs
         _save(draw_runs(self.runs), self.out)
 
-# %% ../nbs/16_command_line.ipynb #f195f3d7
+# %% ../nbs/16_command_line.ipynb #a286e003
 COMMANDS = dict(demo=Demo, collect=Collect, describe=Describe, train=Train, evaluate=Evaluate, plot=Plot)
 
 def main(args: list[str] | None = None):  # the words after `bdpo`; None: from the command line

@@ -317,14 +317,14 @@ def test_divergence_keeps_the_last_good_checkpoint(phase, advice, tmp_path):
 
 def test_bounds_of_values_by_brute_force():
     g = torch.Generator().manual_seed(0)
+    worth = lambda k, a, b: (1 - 0.8**k) / 0.2 * a + 0.8**k * b  # noqa: E731
     for _ in range(50):
         r, end = torch.randn(6, generator=g), (torch.rand(6, generator=g) < 0.5).float()
-        data = replace(toy(6), reward=r, terminal=end)
-        on, off, gamma = r[end == 0].tolist(), r[end == 1].tolist(), 0.8
-        worth = lambda k, a, b: (1 - gamma**k) / (1 - gamma) * a + gamma**k * b  # noqa: E731
+        on, off = r[end == 0].tolist(), r[end == 1].tolist()
         values = [worth(k, a, b) for k in (0, 1, 3, 200) for a in on or [0] for b in off or [0]
                   if (k == 0 or on) and (k == 200 or off)]
-        assert training.attainable(data, gamma) == pytest.approx((min(values), max(values)), abs=1e-3)
+        found = training.attainable(replace(toy(6), reward=r, terminal=end), 0.8)
+        assert found == pytest.approx((min(values), max(values)), abs=1e-3)
     assert training.attainable(replace(toy(), reward=torch.ones(50)), 1.0) == (-np.inf, np.inf)
 
 
