@@ -6,7 +6,7 @@
 __all__ = ['CHEETAH_ID', 'CHEETAH_ENV_ID', 'EPISODE', 'PRESET', 'make_cheetah_env', 'LinearPolicy', 'record', 'merge_moments',
            'ars_step', 'ars', 'replay', 'collect_cheetah', 'expectile_loss', 'iql', 'players', 'compare']
 
-# %% ../nbs/15b_halfcheetah.ipynb #90434fe2
+# %% ../nbs/15b_halfcheetah.ipynb #15b-003
 import copy
 import json
 import time
@@ -33,7 +33,7 @@ from .networks import EnsembleMLP, QNet, ema_update
 from .tasks import Task
 from .training import RunError, TrainConfig, Training, load_agent, watch
 
-# %% ../nbs/15b_halfcheetah.ipynb #18024f65
+# %% ../nbs/15b_halfcheetah.ipynb #15b-006
 CHEETAH_ID = "bdpo/halfcheetah-replay-v0"   # of the data set
 CHEETAH_ENV_ID = "HalfCheetah-v5"           # of the environment
 EPISODE = 1000                              # steps in an episode
@@ -43,7 +43,7 @@ def make_cheetah_env(render_mode: str | None = None,  # None or "rgb_array"
     "Gymnasium's HalfCheetah, truncated after 1000 steps."
     return gym.make(CHEETAH_ENV_ID, render_mode=render_mode, disable_env_checker=True)
 
-# %% ../nbs/15b_halfcheetah.ipynb #09ca2be8
+# %% ../nbs/15b_halfcheetah.ipynb #15b-009
 @dataclass(frozen=True)
 class LinearPolicy:
     "a = W (s - mean) / std, kept within [-1, 1]."
@@ -75,7 +75,7 @@ def record(policy: LinearPolicy,        # who acts
     return EpisodeBuffer(seed=seed, observations=np.array(obs), actions=actions, rewards=rewards,
                          terminations=np.zeros(steps, bool), truncations=last)
 
-# %% ../nbs/15b_halfcheetah.ipynb #3d003f8e
+# %% ../nbs/15b_halfcheetah.ipynb #15b-011
 def merge_moments(n: int, mean: np.ndarray, var: np.ndarray,  # count, mean and variance so far
                   new: Float[np.ndarray, "k S"],              # more states
                  ) -> tuple[int, np.ndarray, np.ndarray]:     # of all together
@@ -84,7 +84,7 @@ def merge_moments(n: int, mean: np.ndarray, var: np.ndarray,  # count, mean and 
     total = n + k
     return total, mean + shift * k / total, (n * var + k * new.var(0)) / total + shift**2 * n * k / total**2
 
-# %% ../nbs/15b_halfcheetah.ipynb #fc071553
+# %% ../nbs/15b_halfcheetah.ipynb #15b-013
 def ars_step(W: Float[np.ndarray, "A S"],      # weights
              deltas: Float[np.ndarray, "D A S"],  # directions
              returns: Float[np.ndarray, "D 2"],   # of W + nu delta and of W - nu delta
@@ -120,7 +120,7 @@ def ars(iterations: int = 32,      # updates; each plays 2 D episodes
     env.close()
     return policies, np.array(history)
 
-# %% ../nbs/15b_halfcheetah.ipynb #95ef8a6f
+# %% ../nbs/15b_halfcheetah.ipynb #15b-018
 def replay(policies: list[LinearPolicy],  # of one learner, first to last
            num_steps: int,                # transitions in total; the last episode may be shorter
            seed: int = 0,                 # same seed, same data
@@ -137,7 +137,7 @@ def replay(policies: list[LinearPolicy],  # of one learner, first to last
     env.close()
     return episodes
 
-# %% ../nbs/15b_halfcheetah.ipynb #bc8fdc51
+# %% ../nbs/15b_halfcheetah.ipynb #15b-019
 def _write(dataset_id: str, episodes: list[EpisodeBuffer], recipe: dict):
     "Store the episodes as a Minari data set under its current root."
     low, high = reference_scores("halfcheetah")
@@ -170,14 +170,14 @@ def collect_cheetah(num_steps: int = 50_000,       # transitions to record
             _write(dataset_id, replay(policies, num_steps, seed, noise, bar), recipe)
     return find_or_make(dataset_id, recipe, make)
 
-# %% ../nbs/15b_halfcheetah.ipynb #f6fcda10
+# %% ../nbs/15b_halfcheetah.ipynb #15b-023
 def expectile_loss(u: Float[Tensor, "*B"],  # Q - V
                    tau: float,              # 0.5: squared error; towards 1: the maximum
                   ) -> Float[Tensor, ""]:
     "Asymmetric squared error: its minimiser over V is the tau-expectile of Q."
     return (torch.abs(tau - (u < 0).float()) * u.square()).mean()
 
-# %% ../nbs/15b_halfcheetah.ipynb #0a2d0fc0
+# %% ../nbs/15b_halfcheetah.ipynb #15b-026
 def iql(data: Transitions,        # the data set, rewards scaled
         steps: int = 5_000,       # updates
         batch_size: int = 256,    # transitions per update
@@ -218,7 +218,7 @@ def iql(data: Transitions,        # the data set, rewards scaled
     def play(obs): return actor(scaling.obs(torch.as_tensor(obs))).mean.clamp(-1, 1).numpy()
     return play
 
-# %% ../nbs/15b_halfcheetah.ipynb #0d1830b3
+# %% ../nbs/15b_halfcheetah.ipynb #15b-031
 PRESET = Task(
     TrainConfig(pretrain_steps=3000, train_steps=6000, batch_size=256, log_every=250, eval_every=1500, eval_episodes=5,
                 save_every=1500, normalize_obs=True),
@@ -228,7 +228,7 @@ PRESET = Task(
                ema=0.03, actor_every=2, warmup_steps=1500),
     "locomotion", CHEETAH_ENV_ID, CHEETAH_ID)
 
-# %% ../nbs/15b_halfcheetah.ipynb #95122a47
+# %% ../nbs/15b_halfcheetah.ipynb #15b-033
 def players(agent: BDPO, best: BDPO,        # of the last update, and of the best evaluation during training
             baselines: dict[str, Callable], # other policies
             seed: int = 1000,               # of their random draws
@@ -271,7 +271,8 @@ def compare(seed: int = 0,                      # of weights, noise and data ord
     returns = {name: evaluate(play, envs, episodes, seed=1000).returns.tolist()
                for name, play in tqdm(field.items(), desc="playing", unit="policy")}
     envs.close()
-    result = dict(seed=seed, provenance=provenance(), cpu_seconds=seconds, returns=returns,
+    result = dict(seed=seed, provenance=provenance() | dict(command=f"bdpo_lit.cheetah.compare({seed})"),
+                  cpu_seconds=seconds, returns=returns,
                   config=dict(train=asdict(training.config), algorithm=asdict(training.algorithm)),
                   references=reference_scores("halfcheetah"), data=summary(raw), recorded=episode_returns(raw).tolist(),
                   evaluations=training.evaluations)
