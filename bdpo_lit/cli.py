@@ -6,7 +6,7 @@
 __all__ = ['EMBEDDED', 'COMMANDS', 'Demo', 'Collect', 'Describe', 'find_task', 'Train', 'open_run', 'train', 'Evaluate',
            'evaluate_run', 'Plot', 'main']
 
-# %% ../nbs/16_command_line.ipynb #e5323ea2
+# %% ../nbs/16_command_line.ipynb #0e2d5bad
 import argparse
 import sys
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from typing import Literal
 import tyro
 from tyro.conf import Positional
 
-# %% ../nbs/16_command_line.ipynb #68003b77
+# %% ../nbs/16_command_line.ipynb #e4e0f5c6
 @dataclass
 class Demo:
     "The main job: collect maze data, clone the behaviour, train BDPO, play, draw."
@@ -76,12 +76,12 @@ def _save(figure, path: Path):
     figure.savefig(path, dpi=120)
     print(f"picture: {path}")
 
-# %% ../nbs/16_command_line.ipynb #2a1a5a7b
+# %% ../nbs/16_command_line.ipynb #82ab9f54
 EMBEDDED = ("maze", "maze-long", "halfcheetah")
 
 def find_task(name: str):  # of a preset
     "The `Task` of that name. Raises `RunError` if there is none."
-    from bdpo_lit.tasks import Task, d4rl_task
+    from bdpo_lit.tasks import TASKS, Task, d4rl_task, no_task
     from bdpo_lit.training import RunError
     if name == "halfcheetah":
         from bdpo_lit.cheetah import PRESET
@@ -92,15 +92,15 @@ def find_task(name: str):  # of a preset
         preset = PRESETS["long" if name == "maze-long" else "short"]
         return Task(preset.train, preset.algorithm, "none", f"bdpo_lit.maze:{MAZE_ENV_ID}", MAZE_ID)
     try: return d4rl_task(name)
-    except RunError as e: raise RunError(f"{e}, {', '.join(EMBEDDED)}") from None
+    except RunError: raise no_task(name, [*TASKS, *EMBEDDED]) from None
 
-# %% ../nbs/16_command_line.ipynb #4285f0fa
+# %% ../nbs/16_command_line.ipynb #a1a071c3
 @dataclass
 class Train:
     "Train BDPO on a data set. The same command again goes on with an interrupted run."
     task: str | None = None               # preset: a name of D4RL's (hopper-medium-v2, ...), maze, maze-long, halfcheetah
     data: str | None = None               # HDF5 file in D4RL's layout, or id of a Minari data set; default: the task's
-    env: str | None = None                # where to play: Gymnasium's id, or package:id; default: the task's or the data's
+    env: str | None = None                # where to play: Gymnasium's id, package:id, or none; default: the task's or the data's
     seed: int | None = None               # of everything; short for --train.seed
     run_dir: Path | None = None           # where to keep the run; default runs/NAME-SEED
     reward: Literal["none", "locomotion", "antmaze"] | None = None  # rewards x 1, x 1000 / range of returns, or x 100; default: the task's, else locomotion
@@ -129,7 +129,7 @@ def _train_command(args: list[str]) -> type[Train]:
     Full.__doc__ = Train.__doc__
     return Full
 
-# %% ../nbs/16_command_line.ipynb #02b30225
+# %% ../nbs/16_command_line.ipynb #2ecd323b
 def open_run(command: Train):  # with `train` and `algorithm`
     "Load the data, scale the rewards, find the environment; the `Training`, ready to run."
     import minari
@@ -140,22 +140,24 @@ def open_run(command: Train):  # with `train` and `algorithm`
     if not c.task and not c.data: raise RunError("what shall be learnt? Give --task NAME or --data PATH_OR_ID")
     task = find_task(c.task) if c.task else None
     source, env = c.data or task.data, c.env or (task.env if task else None)
-    make_env, is_file = env_maker(env) if env else None, source.endswith((".hdf5", ".h5"))
+    is_file, asks = source.endswith((".hdf5", ".h5")), env != "none"
+    make_env = env_maker(env) if env and asks else None
     known, limit, meta = D4RL_TASKS.get(task.data) if task else None, c.max_episode_steps, {}
     if known: meta = dict(zip(("ref_min_score", "ref_max_score"), reference_scores(task.data)), id=task.data)
     if limit is None: limit = known.max_episode_steps if known else make_env and make_env().spec.max_episode_steps
     if c.task in EMBEDDED and not c.data and not minari.storage.get_dataset_path(source).exists():
         _collect(c.task.removesuffix("-long"))
     data = _load(source, limit, c.download, c.clip_outside, **meta)
-    if not env and not is_file and (env := recorded_env(source)): make_env = env_maker(env)
+    if not env: env = data.meta["env_id"] if is_file or source in D4RL_TASKS else recorded_env(source)
+    if asks and env and make_env is None: make_env = env_maker(env)
     reward = c.reward or (task.reward if task else "locomotion")
     data = scale_reward(data, reward)
-    about = dict(task=c.task, data=source, env=env, reward=reward)
+    about = dict(task=c.task, data=source, env=env if asks else None, reward=reward)
     name = c.task or (Path(source).stem if is_file else source.replace("/", "-"))
     return Training(data, config, c.algorithm, make_env, c.run_dir or Path("runs") / f"{name}-{config.seed}",
                     resume=True, about=about)
 
-# %% ../nbs/16_command_line.ipynb #5efbe831
+# %% ../nbs/16_command_line.ipynb #cf9c2f33
 def train(command: Train):
     "Run it behind a bar, from where it is to its end or to Ctrl-C."
     from bdpo_lit.training import watch
@@ -185,7 +187,7 @@ def _use_threads(n: int):
     if n < 1: raise ValueError(f"threads must be at least 1, got {n}")
     torch.set_num_threads(n)
 
-# %% ../nbs/16_command_line.ipynb #077a0c80
+# %% ../nbs/16_command_line.ipynb #1148dfd2
 @dataclass
 class Evaluate:
     "Play the last and the best policy of a run; print the results and add them to RUN/evaluation.json."
@@ -231,7 +233,7 @@ def _film(path: Path, run: Path, result: dict, device: str):
     record_video(policy, lambda: env_maker(result["env"])(render_mode="rgb_array"), path, result["seed"])
     print(f"video: {path}")
 
-# %% ../nbs/16_command_line.ipynb #64ec814d
+# %% ../nbs/16_command_line.ipynb #6f629fd4
 @dataclass
 class Plot:
     "Draw the learning curves of one or several runs; seeds of the same settings as mean and range."
@@ -242,7 +244,7 @@ class Plot:
         from bdpo_lit.training import draw_runs
         _save(draw_runs(self.runs), self.out)
 
-# %% ../nbs/16_command_line.ipynb #a286e003
+# %% ../nbs/16_command_line.ipynb #3becee45
 COMMANDS = dict(demo=Demo, collect=Collect, describe=Describe, train=Train, evaluate=Evaluate, plot=Plot)
 
 def main(args: list[str] | None = None):  # the words after `bdpo`; None: from the command line

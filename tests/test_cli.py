@@ -181,7 +181,7 @@ def test_curves_of_seeds_are_their_mean_and_range(bdpo, home):
     runs = [home / "runs" / name for name in ("maze-2", "maze-3", "other")]
     loss, score, values, price = draw_runs(runs).axes
     labels = [line.get_label() for line in values.lines]
-    assert labels == ["maze, eta 0.1 (2 seeds)", "maze, eta 0.5"]
+    assert labels == ["maze, eta 0.1 (2 runs)", "maze, eta 0.5"]
     a, b = (np.array(list(read_column(d, "q/mean").values())) for d in runs[:2])
     np.testing.assert_allclose(values.lines[0].get_ydata(), (a + b) / 2)
     band, = values.collections
@@ -248,6 +248,9 @@ def test_d4rl_task_with_its_file_in_place(bdpo, home):
     last = json.loads((home / "runs" / "hopper-medium-v2-0" / "evaluation.json").read_text())[0]["last"]
     assert last["score"]["mean"] == pytest.approx(100 * (last["return"]["mean"] + 20.272305) / (3234.3 + 20.272305))
     bdpo("describe hopper-medium-v2 --out hopper.png")
+    said = bdpo("train --data hopper-medium-v2", TINY, "--run-dir plain")   # without the paper's settings
+    assert "played in Hopper-v5" in said and "score: last" in said
+    assert json.loads((home / "plain" / "config.json").read_text())["algorithm"]["eta"] == 0.15
     if os.environ.get("MUJOCO_GL") == "egl":   # else MuJoCo may not be able to draw here
         assert "video: film/hopper.gif" in bdpo("evaluate runs/hopper-medium-v2-0 --episodes 1 --video film/hopper.gif")
         assert Image.open(home / "film" / "hopper.gif").n_frames > 1
@@ -262,6 +265,7 @@ def test_d4rl_files_with_and_without_timeouts(bdpo, home):
     said = bdpo("evaluate runs/with-0 --env Hopper-v5 --episodes 1")
     assert "best: none" in said
     assert "no 'timeouts'; pass max_episode_steps" in bdpo("train --data without.hdf5", TINY, status=1)
+    assert "no environment" in bdpo("train --task maze --env none --run-dir none", TINY)
     assert "1485 transitions of without" in bdpo("train --data without.hdf5 --max-episode-steps 100", TINY)
     said = bdpo("train --data without.hdf5 --env Hopper-v5 --run-dir b", TINY)   # the limit of the environment: 1000
     assert "1498 transitions" in said and "return: last" in said

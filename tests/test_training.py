@@ -336,7 +336,7 @@ def test_warns_once_per_metric_and_again_after_a_kill(tmp_path, capsys):
     names = [w["metric"] for w in told]
     assert len(names) == len(set(names)) and {"behavior/loss", "q/loss", "q/penalty"} <= set(names)
     assert told[0]["metric"] == "behavior/loss" and (told[0]["phase"], told[0]["step"]) == ("pretrain", 10)
-    assert all("try " in w["text"] and w["value"] > w["limit"] or w["metric"] == "q/mean" for w in told)
+    assert all("try " in w["text"] and w["value"] > w["limit"] or w["metric"] in ("q/mean", "v/mean") for w in told)
     through = finish(tmp_path / "through", algorithm=WILD)
     with open(tmp_path / "through" / "warnings.csv") as f: rows = list(csv.DictReader(f))
     assert [(r["metric"], int(r["step"])) for r in rows] == [(w["metric"], w["step"]) for w in told]
