@@ -211,7 +211,7 @@ def record_video(policy: Callable,                  # as in `evaluate`
     return result
 
 # %% ../nbs/13_evaluation.ipynb #13-049
-def aggregate(scores: Mapping[str, Sequence],   # task -> scores of its seeds, two or more
+def aggregate(scores: Mapping,                  # task -> scores of its seeds, two or more
               statistic: Callable = np.mean,    # takes `axis`; e.g. `iqm`
               level: float = 0.95,              # of confidence
               seed: int = 0,                    # of the resampling
@@ -219,8 +219,9 @@ def aggregate(scores: Mapping[str, Sequence],   # task -> scores of its seeds, t
              ) -> tuple[float, float, float]:   # (value, lo, hi)
     "One number for several tasks, all scores weighing the same, with its stratified bootstrap interval over seeds."
     tasks = {name: np.asarray(x, float).ravel() for name, x in scores.items()}
-    if bad := [name for name, x in tasks.items() if len(x) < 2 or not np.isfinite(x).all()] or (not tasks and ["none"]):
-        raise ValueError(f"every task needs two seeds or more, with finite scores; look at: {', '.join(bad)}")
+    bad = [name for name, x in tasks.items() if len(x) < 2 or not np.isfinite(x).all()]
+    if bad or not tasks:
+        raise ValueError(f"every task needs two seeds or more, with finite scores; look at: {', '.join(bad) or scores}")
     pooled = lambda *parts, axis: statistic(np.concatenate(parts, axis), axis=axis)
     drawn = stats.bootstrap(tuple(tasks.values()), pooled, confidence_level=level, n_resamples=resamples,
                             method="percentile", vectorized=True, rng=np.random.default_rng(seed))
