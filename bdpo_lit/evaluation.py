@@ -198,9 +198,11 @@ def record_video(policy: Callable,                  # as in `evaluate`
                  size: int = 160,                   # pixels along the longer side
                 ) -> Evaluation:                    # of that episode
     "One episode as a GIF in real time. `RuntimeError` where nothing can be rendered, `ValueError` on bad arguments."
-    path, camera = Path(path), _Camera(make_env(), every, size)
+    path = Path(path)
     if path.suffix != ".gif" or every < 1: raise ValueError(f"need a .gif and every >= 1, got {path.name} and {every}")
+    camera = _Camera(make_env(), every, size)
     if camera.render_mode != "rgb_array":
+        camera.close()
         raise ValueError(f"the environment has render_mode={camera.render_mode!r}; build it with "
                          'gym.make(..., render_mode="rgb_array")')
     result = evaluate(policy, lambda: camera, episodes=1, seed=seed)
