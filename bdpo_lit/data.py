@@ -338,8 +338,9 @@ D4RL_TASKS = {
     for name, env_id in (("halfcheetah", "HalfCheetah-v5"), ("hopper", "Hopper-v5"), ("walker2d", "Walker2d-v5"))
     for kind in ("medium", "medium-replay", "medium-expert")
 } | {
-    f"antmaze-{kind}-v2": D4RLTask(
-        f"ant_maze_v2/Ant_maze_{maze}_noisy_multistart_{starts}_multigoal_{goals}_sparse_fixed.hdf5", None, None)
+    f"antmaze-{kind}-{version}": D4RLTask(
+        f"{folder}/Ant_maze_{maze}_noisy_multistart_{starts}_multigoal_{goals}_sparse{end}.hdf5", None, None)
+    for version, folder, end in (("v0", "ant_maze_new", ""), ("v2", "ant_maze_v2", "_fixed"))
     for kind, maze, starts, goals in (
         ("umaze", "u-maze", False, False), ("umaze-diverse", "u-maze", True, True),
         ("medium-play", "big-maze", True, False), ("medium-diverse", "big-maze", True, True),
@@ -606,8 +607,7 @@ def describe(transitions: Transitions,          # a data set
     use_style()
     fig, ax = plt.subplots(1, 4, figsize=(9.6, 2.4), layout="constrained")
     ax[0].hist(episode_returns(t), 30, color=COLORS["behavior"])
-    ax[1].hist(lengths, 30, color=COLORS["behavior"])
-    ax[1].locator_params(axis="x", integer=True, nbins=5)
+    ax[1].hist(lengths, 30, range=(0, int(lengths.max()) + 1), color=COLORS["behavior"])
     ax[2].hist2d(*obs.T.numpy(), bins=60, cmin=1, cmap="viridis", norm="log")
     for k, a in enumerate(action.T): ax[3].hist(a, 40, histtype="step", density=True, label=f"$a_{k}$")
     if t.action_dim <= 4: ax[3].legend()

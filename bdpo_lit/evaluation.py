@@ -198,9 +198,11 @@ def record_video(policy: Callable,                  # as in `evaluate`
                  size: int = 160,                   # pixels along the longer side
                 ) -> Evaluation:                    # of that episode
     "One episode as a GIF in real time. `RuntimeError` where nothing can be rendered, `ValueError` on bad arguments."
-    path, camera = Path(path), _Camera(make_env(), every, size)
+    path = Path(path)
     if path.suffix != ".gif" or every < 1: raise ValueError(f"need a .gif and every >= 1, got {path.name} and {every}")
+    camera = _Camera(make_env(), every, size)
     if camera.render_mode != "rgb_array":
+        camera.close()
         raise ValueError(f"the environment has render_mode={camera.render_mode!r}; build it with "
                          'gym.make(..., render_mode="rgb_array")')
     result = evaluate(policy, lambda: camera, episodes=1, seed=seed)
@@ -211,7 +213,7 @@ def record_video(policy: Callable,                  # as in `evaluate`
     return result
 
 # %% ../nbs/13_evaluation.ipynb #13-049
-def aggregate(scores: Mapping[str, Sequence],   # task -> scores of its seeds, two or more
+def aggregate(scores: Mapping,                  # task -> scores of its seeds, two or more
               statistic: Callable = np.mean,    # takes `axis`; e.g. `iqm`
               level: float = 0.95,              # of confidence
               seed: int = 0,                    # of the resampling
@@ -219,8 +221,9 @@ def aggregate(scores: Mapping[str, Sequence],   # task -> scores of its seeds, t
              ) -> tuple[float, float, float]:   # (value, lo, hi)
     "One number for several tasks, all scores weighing the same, with its stratified bootstrap interval over seeds."
     tasks = {name: np.asarray(x, float).ravel() for name, x in scores.items()}
-    if bad := [name for name, x in tasks.items() if len(x) < 2 or not np.isfinite(x).all()] or (not tasks and ["none"]):
-        raise ValueError(f"every task needs two seeds or more, with finite scores; look at: {', '.join(bad)}")
+    bad = [name for name, x in tasks.items() if len(x) < 2 or not np.isfinite(x).all()]
+    if bad or not tasks:
+        raise ValueError(f"every task needs two seeds or more, with finite scores; look at: {', '.join(bad) or scores}")
     pooled = lambda *parts, axis: statistic(np.concatenate(parts, axis), axis=axis)
     drawn = stats.bootstrap(tuple(tasks.values()), pooled, confidence_level=level, n_resamples=resamples,
                             method="percentile", vectorized=True, rng=np.random.default_rng(seed))

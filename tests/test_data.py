@@ -552,7 +552,7 @@ def test_every_task_is_asked_for_under_its_own_path_and_loads_by_name(task, serv
 
 
 def test_no_two_tasks_share_a_file():
-    assert len({spec.file for spec in D4RL_TASKS.values()}) == len(D4RL_TASKS) == 15
+    assert len({spec.file for spec in D4RL_TASKS.values()}) == len(D4RL_TASKS) == 21
 
 
 def test_a_download_is_whole_recorded_and_not_repeated(serve, fetch, root):
