@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 import gymnasium as gym
 import minari
@@ -188,7 +189,7 @@ def iql(data: Transitions,        # the data set, rewards scaled
         ema: float = 0.03,        # rate of the slow copy of Q, as for BDPO
         hidden: tuple[int, ...] = (128, 128),  # widths
         seed: int = 0,            # of weights and order
-       ) -> Callable:             # a policy: (n, S) array to (n, A) array, the mean action
+       ) -> tuple[Callable, Callable]:  # policies, (n, S) array to (n, A) array: the mean action; a sampled one
     "Implicit Q-learning; observations are standardised."
     scaling = Scaling.fit(data, scale_actions=False)
     data = scaling.apply(data)
@@ -214,9 +215,12 @@ def iql(data: Transitions,        # the data set, rewards scaled
         a_loss = -(weight * actor(s).log_prob(a).sum(-1)).mean()
         opt_a.param_groups[0]["lr"] = lr * cosine_rate(k, steps)
         opt_a.zero_grad(); a_loss.backward(); opt_a.step()
+    draws = torch.Generator().manual_seed(seed)
     @torch.no_grad()
-    def play(obs): return actor(scaling.obs(torch.as_tensor(obs))).mean.clamp(-1, 1).numpy()
-    return play
+    def play(obs, noise=0.0):
+        d = actor(scaling.obs(torch.as_tensor(obs)))
+        return (d.mean + noise * d.stddev * torch.randn(d.mean.shape, generator=draws)).clamp(-1, 1).numpy()
+    return play, partial(play, noise=1.0)
 
 # %% ../nbs/15b_halfcheetah.ipynb #15b-031
 PRESET = Task(
@@ -264,9 +268,9 @@ def compare(seed: int = 0,                      # of weights, noise and data ord
     training = Training(data, replace(plan.train, seed=seed, device="cpu"), plan.algorithm, envs, run_dir, resume=True)
     timed("BDPO", lambda: watch(training))
     if not training.finished: raise RunError(f"stopped; {run_dir} keeps the run, and the same call goes on with it")
-    baselines = {
-        "Gaussian clone": timed("Gaussian clone", lambda: iql(data, baseline_steps, beta=0, seed=seed)),
-        "IQL": timed("IQL", lambda: iql(data, baseline_steps, seed=seed))}
+    mean, sample = timed("Gaussian clone", lambda: iql(data, baseline_steps, beta=0, seed=seed))
+    baselines = {"Gaussian clone, mean action": mean, "Gaussian clone, one sample": sample,
+                 "IQL": timed("IQL", lambda: iql(data, baseline_steps, seed=seed))[0]}
     field = players(training.agent, load_agent(run_dir / "best.pt", "cpu"), baselines)
     returns = {name: evaluate(play, envs, episodes, seed=1000).returns.tolist()
                for name, play in tqdm(field.items(), desc="playing", unit="policy")}
