@@ -71,8 +71,8 @@ class BDPOConfig:
             if not ok: raise ValueError(f"{name} must be {want}, got {getattr(self, name)!r}")
 
 # %% ../nbs/10_bdpo.ipynb #10-009
-def cosine_rate(updates: float,             # made so far
-                decay_steps: float | None,  # horizon; None: constant
+def cosine_rate(updates: int | float,             # made so far
+                decay_steps: int | float | None,  # horizon; None: constant
                ) -> float:
     "Share of the first learning rate that is left: from 1 along half a cosine to 0, and 0 from then on."
     return 1.0 if decay_steps is None else 0.5 * (1 + math.cos(math.pi * min(updates / decay_steps, 1.0)))

@@ -227,10 +227,10 @@ class ToyPreset:
 
 PRESETS = {
     "small": ToyPreset(  # minutes on one core
-        5000, 6000, 256, 200_000,
-        BDPOConfig(rho=0.0, gamma=0.0, num_steps=50, num_critics=1, num_samples=1, clip=None, time_dim=32,
-                   actor_hidden=(64,) * 3, critic_hidden=(64,) * 3, behavior_lr=2e-3, actor_lr=2e-3, critic_lr=2e-3,
-                   actor_decay_steps=2750, critic_decay_steps=6000, ema=0.05, actor_every=2, warmup_steps=500)),
+        4000, 4000, 256, 200_000,
+        BDPOConfig(rho=0.0, gamma=0.0, num_steps=50, num_critics=1, num_samples=4, clip=None, time_dim=32,
+                   actor_hidden=(64,) * 3, critic_hidden=(64,) * 3, behavior_lr=3e-3, actor_lr=5e-3, critic_lr=4e-3,
+                   actor_decay_steps=3500, critic_decay_steps=4000, ema=0.1, actor_every=1, warmup_steps=500)),
     "paper": ToyPreset(  # Table 3 and the official configuration; for a GPU
         100_000, 100_000, 512, 1_000_000,
         BDPOConfig(rho=0.0, gamma=0.0, num_steps=50, clip=None, actor_decay_steps=100_000, critic_decay_steps=100_000,
