@@ -71,8 +71,8 @@ class BDPOConfig:
             if not ok: raise ValueError(f"{name} must be {want}, got {getattr(self, name)!r}")
 
 # %% ../nbs/10_bdpo.ipynb #10-009
-def cosine_rate(updates: int,             # made so far
-                decay_steps: int | None,  # horizon; None: constant
+def cosine_rate(updates: int | float,             # made so far
+                decay_steps: int | float | None,  # horizon; None: constant
                ) -> float:
     "Share of the first learning rate that is left: from 1 along half a cosine to 0, and 0 from then on."
     return 1.0 if decay_steps is None else 0.5 * (1 + math.cos(math.pi * min(updates / decay_steps, 1.0)))
@@ -167,17 +167,24 @@ def start_actor(self: BDPO):
     "pi <- nu: actor and slow copy start as the slow copy of the behaviour network, so every penalty starts at zero."
     for net in (self.actor.net, self.actor.target): net.load_state_dict(self.behavior.target.state_dict())
 
-# %% ../nbs/10_bdpo.ipynb #10-020
+# %% ../nbs/10_bdpo.ipynb #10-019b
 @patch
-def update_critics(self: BDPO, batch) -> dict[str, Tensor]:
-    "One step of Eq. (19) for Q and for V_n."
+def _look_ahead(self: BDPO, batch) -> tuple[Tensor, dict[str, Tensor]]:
+    "Target of Q, Eq. (13), from M paths at the next state, and their price."
     c, (B, A) = self.config, batch.action.shape
-    # upper clock, Eq. (13): M paths at the next state
+    if c.gamma == 0: return batch.reward, {}                   # a bandit: nothing follows, so nothing is walked
     x_N, noise = self._normal(B, c.num_samples, A), self._normal(c.num_steps, B, c.num_samples, A)
     next_action, penalty = rollout(
         self.actor.target, self.behavior.target, batch.next_obs, x_N, noise, self.sched, c.solver, c.clip)
     with torch.no_grad(): next_q = self.q.target(batch.next_obs.unsqueeze(1), next_action)
     target = q_target(batch.reward, batch.terminal, next_q, penalty, c.gamma, c.eta, c.rho, c.max_q)
+    return target, {"q/penalty": penalty.mean()}
+
+# %% ../nbs/10_bdpo.ipynb #10-020
+@patch
+def update_critics(self: BDPO, batch) -> dict[str, Tensor]:
+    "One step of Eq. (19) for Q and for V_n."
+    target, ahead = self._look_ahead(batch)                    # upper clock, Eq. (13)
     q = self.q.net(batch.obs, batch.action)
     # lower clock, Eq. (15): one reverse step from a noised data action
     n, x = self._noised(batch.action)
@@ -187,9 +194,9 @@ def update_critics(self: BDPO, batch) -> dict[str, Tensor]:
     q_loss, v_loss = value_loss(q, target), value_loss(v, v_target)
     q_norm, v_norm = self.q.step(q_loss), self.v.step(v_loss)
     q, v = q.detach(), v.detach()
-    return {"q/loss": q_loss.detach(), "q/mean": q.mean(), "q/std": q.std(0, correction=0).mean(),
-            "q/penalty": penalty.mean(), "q/grad_norm": q_norm,
-            "v/loss": v_loss.detach(), "v/mean": v.mean(), "v/penalty": step_penalty.mean(), "v/grad_norm": v_norm}
+    return {"q/loss": q_loss.detach(), "q/mean": q.mean(), "q/std": q.std(0, correction=0).mean(), **ahead,
+            "q/grad_norm": q_norm, "v/loss": v_loss.detach(), "v/mean": v.mean(), "v/penalty": step_penalty.mean(),
+            "v/grad_norm": v_norm}
 
 # %% ../nbs/10_bdpo.ipynb #10-022
 @patch
