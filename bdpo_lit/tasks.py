@@ -53,9 +53,7 @@ def _d4rl(name: str) -> Task:
                             behavior_lr=1e-4)
     if name == "hopper-medium-v2": algorithm = replace(algorithm, num_critics=20)
     if name == "antmaze-umaze-diverse-v0": train = replace(train, how="sample", num_actions=1)
-    ant = family.startswith("antmaze")   # the same data as -v0, with the ends of episodes repaired
-    return Task(train, algorithm, "antmaze" if ant else "locomotion", _ENVS[family],
-                name.replace("-v0", "-v2") if ant else name)
+    return Task(train, algorithm, "antmaze" if family.startswith("antmaze") else "locomotion", _ENVS[family], name)
 
 TASKS = {name: _d4rl(name) for name in (
     *(f"{body}-{data}-v2" for body in ("halfcheetah", "hopper", "walker2d")
@@ -63,12 +61,12 @@ TASKS = {name: _d4rl(name) for name in (
     *(f"antmaze-{maze}-v0" for maze in (
         "umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")))}
 
-def d4rl_task(name: str,  # e.g. "hopper-medium-v2"
+def d4rl_task(name: str,  # e.g. "hopper-medium-v2"; the -v2 of an antmaze has the same settings and repaired data
              ) -> Task:
     "The paper's settings for one of D4RL's tasks. Raises `RunError` for others."
-    if name.startswith("antmaze"): name = name.replace("-v2", "-v0")
-    if name not in TASKS: raise no_task(name, TASKS)
-    return TASKS[name]
+    paper = name.replace("-v2", "-v0") if name.startswith("antmaze") else name
+    if paper not in TASKS: raise no_task(name, TASKS)
+    return replace(TASKS[paper], data=name)
 
 def no_task(name: str,             # what was asked for
             names: Iterable[str],  # what there is
