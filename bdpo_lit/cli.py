@@ -98,12 +98,12 @@ def find_task(name: str):  # of a preset
 @dataclass
 class Train:
     "Train BDPO on a data set. The same command again goes on with an interrupted run."
-    task: str | None = None               # preset: a name of D4RL's (hopper-medium-v2, ...), maze, maze-long, halfcheetah
+    task: str | None = None               # preset: one of D4RL's (hopper-medium-v2, ...), maze, maze-long, halfcheetah
     data: str | None = None               # HDF5 file in D4RL's layout, or id of a Minari data set; default: the task's
-    env: str | None = None                # where to play: Gymnasium's id, package:id, or none; default: the task's or the data's
+    env: str | None = None                # where to play: Gymnasium's id, package:id or none; default: task's or data's
     seed: int | None = None               # of everything; short for --train.seed
     run_dir: Path | None = None           # where to keep the run; default runs/NAME-SEED
-    reward: Literal["none", "locomotion", "antmaze"] | None = None  # rewards x 1, x 1000 / range of returns, or x 100; default: the task's, else locomotion
+    reward: Literal["none", "locomotion", "antmaze"] | None = None  # x 1, x 1000 / range, x 100; default: task's
     threads: int | None = None            # of torch on the CPU; default: torch decides
     max_episode_steps: int | None = None  # time limit, for an HDF5 file without time-outs; default: the environment's
     download: bool = False                # fetch a Minari data set that is not on disk

@@ -88,8 +88,9 @@ def env_maker(env: str,                          # Gymnasium's id, "module:id", 
     try: build().close()
     except Exception as e:
         name = getattr(what, "id", what)
-        raise RunError(f"no environment '{name}' ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); give "
-                       "an id of Gymnasium, or package:id for one that another package registers") from e
+        why = f"{type(e).__name__}: {e}".splitlines()[0]
+        raise RunError(f"no environment '{name}' ({why}); give an "
+                       "id of Gymnasium, or package:id for one that another package registers") from e
     return build
 
 def _known_spec(text: str) -> EnvSpec:
@@ -103,8 +104,8 @@ def _known_spec(text: str) -> EnvSpec:
                    if not w.entry_point.startswith(("gymnasium.", "gymnasium_robotics."))]
     except Exception as e: raise RunError(f"not the specification of an environment: {text[:80]} ({e})") from e
     if known is None or known.entry_point != spec.entry_point or strange:
-        raise RunError(f"the environment '{spec.id}' is not registered here, or not under this name, or wrapped in what "
-                       f"we do not know ({strange}); name it yourself: package:id imports the package first")
+        raise RunError(f"the environment '{spec.id}' is not registered here, or not under this name, or wrapped in "
+                       f"what we do not know ({strange}); name it yourself: package:id imports the package first")
     return spec
 
 # %% ../nbs/14b_tasks.ipynb #07055522
@@ -154,7 +155,8 @@ def _spread(x: np.ndarray) -> dict[str, float]:
 def _check_sizes(make_env: Callable, agent: BDPO, run_dir: str | Path):
     "Raise `RunError` unless the agent fits into the environment."
     env = make_env()
-    found, needed = (gym.spaces.flatdim(env.observation_space), env.action_space.shape), (agent.obs_dim, (agent.action_dim,))
+    found = gym.spaces.flatdim(env.observation_space), env.action_space.shape
+    needed = agent.obs_dim, (agent.action_dim,)
     env.close()
     if found != needed: raise RunError(f"{env.spec.id} has observations of length {found[0]} and actions of shape "
                                        f"{found[1]}, the policies of {run_dir} {needed[0]} and {needed[1]}")
@@ -207,7 +209,8 @@ def _ant_xml(walls: list[list[int]]) -> ET.ElementTree:
     for i, row in enumerate(walls):
         for j, wall in enumerate(row):
             if wall: ET.SubElement(tree.find("worldbody"), "geom", name=f"block_{i}_{j}", type="box",
-                                   pos=f"{CELL * (j - 1)} {CELL * (i - 1)} {half / 2}", size=f"{half} {half} {half / 2}",
+                                   pos=f"{CELL * (j - 1)} {CELL * (i - 1)} {half / 2}",
+                                   size=f"{half} {half} {half / 2}",
                                    contype="1", conaffinity="1", rgba="0.7 0.5 0.3 1")
     return tree
 

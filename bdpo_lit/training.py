@@ -116,8 +116,8 @@ def limits(bounds: tuple[float, float],  # lowest and highest value, as `attaina
         "q/std": (0.0, span / 2, "the critics differ by more than policies can", wild),
         "q/loss": (0.0, span**2, "errors larger than every value", wild),
         "v/loss": (0.0, span**2, "errors larger than every value", wild),
-        "q/penalty": (0.0, 5.0 * action_dim, "the policy has left the data: more than 5 nats per component of the action",
-                      "a larger eta or a smaller actor_lr")}
+        "q/penalty": (0.0, 5.0 * action_dim, "the policy has left the data: more than 5 nats per component of the "
+                      "action", "a larger eta or a smaller actor_lr")}
 
 def warning_signs(row: dict[str, float],          # metrics
                   bounds: tuple[float, float],    # as `attainable` gives them
@@ -598,7 +598,7 @@ def _grouped(run_dirs: Sequence[Path]) -> dict[str, list[Path]]:
     for d in run_dirs:
         c = read_config(d)
         name = c["about"].get("task") or c["data"]["id"] or str(d)
-        settings = {k: x for part in ("train", "algorithm") for k, x in c[part].items() if k not in {"seed", *_MAY_CHANGE}}
+        settings = {k: x for k, x in (c["train"] | c["algorithm"]).items() if k not in {"seed", *_MAY_CHANGE}}
         told.setdefault(name, {})[Path(d)] = settings | {"reward scale": c["about"].get("reward_scale")}
     for name, runs in told.items():
         differ = [k for k in next(iter(runs.values())) if len({str(s[k]) for s in runs.values()}) > 1]
@@ -608,7 +608,7 @@ def _grouped(run_dirs: Sequence[Path]) -> dict[str, list[Path]]:
 
 def draw_runs(run_dirs: Sequence[str | Path],  # directories of runs
              ) -> plt.Figure:
-    "Behaviour's loss, score (or return), values and price over the updates; mean and range of seeds. Raises `RunError`."
+    "Behaviour's loss, score (or return), values and price over updates; mean and range of seeds. Raises `RunError`."
     groups = _grouped(run_dirs)
     score = "score" if any(read_column(d, "score") for d in run_dirs) else "return"
     panels = (("behavior/loss", "pretrain"), (score, "train"), ("q/mean", "train"), ("q/penalty", "train"))
