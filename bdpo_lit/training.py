@@ -609,6 +609,7 @@ def _grouped(run_dirs: Sequence[Path]) -> dict[str, list[Path]]:
 def draw_runs(run_dirs: Sequence[str | Path],  # directories of runs
              ) -> plt.Figure:
     "Behaviour's loss, score (or return), values and price over updates; mean and range of seeds. Raises `RunError`."
+    if not run_dirs: raise RunError("there is no run to draw; give the directory of one")
     groups = _grouped(run_dirs)
     score = "score" if any(read_column(d, "score") for d in run_dirs) else "return"
     panels = (("behavior/loss", "pretrain"), (score, "train"), ("q/mean", "train"), ("q/penalty", "train"))

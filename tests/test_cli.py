@@ -292,10 +292,10 @@ def test_d4rl_files_with_and_without_timeouts(bdpo, home):
     ("evaluate runs/none", 1, "runs/none is no run"),
     ("evaluate minari", 1, "minari is no run"),
     ("evaluate runs/none --video x.mp4", 1, "the video is a .gif, got x.mp4"),
-    ("plot runs/none", 1, "runs/none is no run"), ("plot", 2, "runs"),
+    ("plot runs/none", 1, "runs/none is no run"), ("plot", 1, "no run to draw"),
     ("describe no/such-v0", 1, "data set 'no/such-v0' not found"),
     ("collect maze --num-steps 1", 1, "num_steps must be at least 2"), ("collect moon", 2, "'moon'"),
-    ("collect maze --num-steps 2500", 1, "was made with"), ("fly", 2, "fly"), ("", 2, "subcommands"),
+    ("collect maze --num-steps 2500", 1, "was made with"), ("fly", 2, "fly"), ("", 2, "Missing subcommand"),
 ])
 def test_mistakes_are_answered_in_one_line(words, status, message, bdpo):
     said = bdpo(words, status=status)
