@@ -143,7 +143,7 @@ def test_members_that_agree_exactly_give_finite_gradients(rho):
         for net in (agent.q, agent.v):
             for p in (*net.net.parameters(), *net.target.parameters()): p.data[:] = p.data[:1]   # all members alike
         b = make_bandit("moons", 200)
-        for _ in range(6): metrics = agent.update(b.sample(16, torch.Generator().manual_seed(1)))
+        for _ in range(4): metrics = agent.update(b.sample(16, torch.Generator().manual_seed(1)))
         assert all(torch.isfinite(x) for x in metrics.values())
         assert all(torch.isfinite(p).all() for p in agent.actor.net.parameters())
 
@@ -163,12 +163,12 @@ def test_every_guide_reaches_a_simple_target():
     g = torch.Generator().manual_seed(0)
     points = 0.5 * torch.randn(20_000, 2, generator=g)
     blob = Bandit("blob", points, points[:, 0], torch.zeros(20_000, dtype=torch.int64))
-    plan = replace(PRESETS["small"], pretrain_steps=400, train_steps=500, batch_size=128, algorithm=replace(
-        PRESETS["small"].algorithm, num_steps=10, actor_hidden=(32, 32), critic_hidden=(32, 32), warmup_steps=150,
-        actor_every=1, actor_decay_steps=350, critic_decay_steps=500, ema=0.1))
+    plan = replace(PRESETS["small"], pretrain_steps=200, train_steps=250, batch_size=128, algorithm=replace(
+        PRESETS["small"].algorithm, num_steps=5, actor_hidden=(32,), critic_hidden=(32,), warmup_steps=50,
+        actor_every=1, actor_decay_steps=200, critic_decay_steps=250, ema=0.1))
     agent = pretrain(blob, plan, eta=0.5, progress=False)
     ways = dict(contrastive=guide_contrastive(agent, blob, plan, progress=False)[0],
-                chain=guide_chain(agent, blob, plan, progress=False, seconds=6.0)[0],
+                chain=guide_chain(agent, blob, plan, progress=False, seconds=4.0)[0],
                 exact=guide_exact(agent, blob), dac=guide_dac(agent, blob, plan, progress=False)[0])
     ends = {name: walk(eps, 1500, agent.sched)[-1].mean(0) for name, eps in ways.items()}
     for name in ("contrastive", "chain", "exact"):
