@@ -125,6 +125,9 @@ class BDPO:
         weights, draws = np.random.SeedSequence(seed).generate_state(2).tolist()  # equal seeds give equal streams
         self.generator = torch.Generator(self.device).manual_seed(draws)
         self.updates = 0  # of Algorithm 1's main loop
+        zeros, ones = partial(torch.zeros, dtype=torch.float64), partial(torch.ones, dtype=torch.float64)
+        self.scaling = dict(obs_mean=zeros(obs_dim), obs_std=ones(obs_dim),             # units of the environment
+                            action_mid=zeros(action_dim), action_half=ones(action_dim))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(weights)   # `torch.manual_seed` would reseed the GPU too
             noise_net = partial(NoiseNet, obs_dim, action_dim, c.num_steps, c.actor_hidden, c.time_dim)
@@ -268,18 +271,34 @@ def policy(self: BDPO, how: str = "best",        # as `BDPO.act`
            learner: str = "actor",               # as `BDPO.act`
            seed: int = 0,                        # of its own random draws
           ) -> Callable[[np.ndarray], np.ndarray]:  # (n, S) to (n, A)
-    "The policy as `evaluate` takes it. Its draws do not touch the stream that training uses."
+    "The policy as `evaluate` takes it, in the environment's units. Its draws do not touch the stream of training."
     generator = torch.Generator(self.device).manual_seed(seed)
+    mean, std, mid, half = (self.scaling[k].numpy() for k in ("obs_mean", "obs_std", "action_mid", "action_half"))
     def play(obs: np.ndarray) -> np.ndarray:
-        obs = torch.as_tensor(np.asarray(obs, np.float32), device=self.device)
-        return self.act(obs, how, num_actions, temperature, learner, generator).cpu().numpy()
+        obs = torch.as_tensor(((np.asarray(obs, np.float64) - mean) / std).astype(np.float32), device=self.device)
+        action = self.act(obs, how, num_actions, temperature, learner, generator).cpu().numpy()
+        return (mid + half * action.astype(np.float64)).astype(np.float32)
+    play.num_actions = 1 if how == "sample" else num_actions   # an evaluation states it
     return play
 
-# %% ../nbs/10_bdpo.ipynb #10-037
+@patch
+def set_scaling(self: BDPO, obs_mean: Float[Tensor, "S"],     # m, in the environment's units, as all four
+                obs_std: Float[Tensor, "S"],                  # sigma, positive
+                action_mid: Float[Tensor, "A"],               # c, what the agent calls 0
+                action_half: Float[Tensor, "A"]):             # h, positive: c + h is what the agent calls 1
+    "`policy` will show the agent (s - m) / sigma and play c + h a. Raises `ValueError` on numbers that do not fit."
+    new = dict(obs_mean=obs_mean, obs_std=obs_std, action_mid=action_mid, action_half=action_half)
+    for k, x in new.items():
+        size, positive = len(self.scaling[k]), k in ("obs_std", "action_half")
+        if x.shape != (size,) or not x.isfinite().all() or (positive and (x <= 0).any()):
+            raise ValueError(f"{k} must be {size} finite{' positive' * positive} numbers, got {x.tolist()}")
+    self.scaling = {k: x.detach().double().cpu().clone() for k, x in new.items()}
+
+# %% ../nbs/10_bdpo.ipynb #10-039
 @patch
 def state_dict(self: BDPO) -> dict:
     "All that a later process needs to go on exactly here: tensors and numbers only."
-    return dict(updates=self.updates, generator=self.generator.get_state(),
+    return dict(updates=self.updates, generator=self.generator.get_state(), scaling=dict(self.scaling),
                 **{name: getattr(self, name).state_dict() for name in ("behavior", "actor", "q", "v")})
 
 @patch
@@ -287,4 +306,5 @@ def load_state_dict(self: BDPO, state: dict):
     "Take up a saved state."
     self.updates = state["updates"]
     self.generator.set_state(state["generator"].cpu())
+    self.set_scaling(**state["scaling"])
     for name in ("behavior", "actor", "q", "v"): getattr(self, name).load_state_dict(state[name])

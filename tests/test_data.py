@@ -1,25 +1,38 @@
 """Offline data: what both formats keep, and what each kind of bad file says."""
 
+import hashlib
 import re
 import socket
+import threading
 import warnings
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import gymnasium as gym
 import h5py
+import matplotlib.pyplot as plt
 import minari
 import numpy as np
 import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
 
+from bdpo_lit.bdpo import BDPO, BDPOConfig
 from bdpo_lit.data import (
     ACTION_MARGIN,
+    D4RL_TASKS,
     DataError,
+    Scaling,
     Transitions,
+    d4rl_folder,
+    describe,
     episode_returns,
+    fetch_d4rl,
     load,
     load_hdf5,
     load_minari,
+    reference_scores,
     scale_reward,
     summary,
 )
@@ -360,3 +373,393 @@ def test_sampling_stays_on_the_gpu():
     data = Transitions(x, x / 10, x[:, 0], x + 1, torch.zeros(8), torch.zeros(8, dtype=torch.int64)).to("cuda")
     batch = data.sample(4, torch.Generator("cuda").manual_seed(0))
     assert all(t.device.type == "cuda" for t in batch)
+
+
+# ---- scaling
+
+LOW, HIGH = np.array([-0.3, 0.1], np.float32), np.array([0.7, 300.0], np.float32)
+
+
+def raw_transitions(T=400, **meta):
+    g = torch.Generator().manual_seed(0)
+    obs = torch.randn(T, 3, generator=g) * torch.tensor([40.0, 0.01, 0.0]) + torch.tensor([-3.0, 2.0, 9.0])
+    action = torch.from_numpy(LOW) + torch.rand(T, 2, generator=g) * torch.from_numpy(HIGH - LOW)
+    meta = dict(id="raw", source="raw", action_low=LOW, action_high=HIGH) | meta
+    return Transitions(obs, action, torch.rand(T), obs + 1, torch.zeros(T), torch.zeros(T, dtype=torch.int64), meta)
+
+
+def test_scaling_is_what_it_says_and_comes_back():
+    data = raw_transitions()
+    scaling = Scaling.fit(data)
+    scaled = scaling.apply(data)
+    np.testing.assert_allclose(scaling.obs_mean, data.obs.double().numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(scaling.obs_std[:2], data.obs.double().numpy().std(0)[:2], rtol=1e-12)
+    np.testing.assert_allclose(scaled.action, (data.action.numpy() - 0.5 * (LOW + HIGH)) / (0.5 * (HIGH - LOW)),
+                               atol=1e-6)
+    for name in ("reward", "terminal", "episode"):
+        assert torch.equal(getattr(scaled, name), getattr(data, name))
+    assert scaled.meta["scaling"] is scaling and "scaling" not in data.meta and scaled.meta["id"] == "raw"
+    assert scaled.meta["action_low"].tolist() == [-1, -1] and scaled.meta["action_high"].tolist() == [1, 1]
+    np.testing.assert_allclose(scaling.env_action(scaled.action), data.action, rtol=1e-6)
+    a = torch.rand(1000, 2, dtype=torch.float64) * 2 - 1
+    np.testing.assert_allclose(scaling.action(scaling.env_action(a)), a, atol=1e-13)
+
+
+def test_scaled_actions_land_exactly_on_the_bounds_and_never_outside():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        low = rng.normal(size=2).astype(np.float32)
+        high = low + rng.exponential(size=2).astype(np.float32) + np.float32(1e-3)
+        scaling = Scaling.fit(raw_transitions(action_low=low, action_high=high))
+        assert (scaling.env_action(torch.ones(2)).numpy() == high).all()
+        assert (scaling.env_action(-torch.ones(2)).numpy() == low).all()
+
+
+def test_scaling_with_nothing_to_do_changes_no_bit():
+    data = raw_transitions(action_low=-np.ones(2), action_high=np.ones(2))
+    scaling = Scaling.fit(data, normalize_obs=False)
+    assert torch.equal(scaling.apply(data).obs, data.obs) and torch.equal(scaling.apply(data).action, data.action)
+    assert torch.equal(scaling.env_action(data.action), data.action)
+    off = Scaling.fit(raw_transitions(action_low=None, action_high=None), normalize_obs=False, scale_actions=False)
+    assert torch.equal(off.env_action(data.action), data.action)
+
+
+def test_constant_coordinates_are_only_centred():
+    scaling = Scaling.fit(raw_transitions())
+    assert scaling.obs_std[2] == 1 and scaling.obs(torch.tensor([-3.0, 2.0, 9.5]))[2] == 0.5
+    assert scaling.obs_std[1] < 0.02                                             # small, but it moves
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(action_low=None), "one lower and one upper bound for each of the 2"),
+    (dict(action_high=np.ones(3)), "one lower and one upper bound"),
+    (dict(action_low=HIGH, action_high=LOW), "lower below upper"),
+    (dict(action_high=np.array([np.inf, 1])), "must be finite"),
+    (dict(action_low=np.array([np.nan, 0])), "must be finite"),
+])
+def test_bad_bounds_are_refused(changes, message):
+    with pytest.raises(DataError, match=f"raw.*{message}"):
+        Scaling.fit(raw_transitions(**changes))
+
+
+def test_nothing_is_scaled_twice_or_by_the_maps_of_another_set():
+    data = raw_transitions()
+    scaling = Scaling.fit(data)
+    for again in (Scaling.fit, scaling.apply):
+        with pytest.raises(DataError, match="already scaled"):
+            again(scaling.apply(data))
+    other = replace(data, obs=data.obs[:, :2].contiguous(), next_obs=data.next_obs[:, :2].contiguous())
+    with pytest.raises(DataError, match="2 and 2 components, but the scaling is for 3 and 2"):
+        scaling.apply(other)
+
+
+def test_an_agent_takes_raw_observations_and_gives_actions_of_the_environment(tmp_path):
+    data, config = raw_transitions(), BDPOConfig(num_critics=2, actor_hidden=(8,), critic_hidden=(8,), time_dim=4)
+    scaling = Scaling.fit(data)
+    agent, loaded = BDPO(3, 2, config), BDPO(3, 2, config, seed=1)
+    plain = agent.policy(seed=5)(scaling.obs(data.obs).numpy())
+    agent.set_scaling(**vars(scaling))
+    torch.save(agent.state_dict(), tmp_path / "agent.pt")
+    loaded.load_state_dict(torch.load(tmp_path / "agent.pt", weights_only=True))
+    played = loaded.policy(seed=5)(data.obs.numpy())
+    assert played.dtype == np.float32 and (played >= LOW).all() and (played <= HIGH).all()
+    np.testing.assert_array_equal(played, scaling.env_action(torch.from_numpy(plain)))
+    with pytest.raises(ValueError, match="obs_mean must be 3 finite numbers"):
+        agent.set_scaling(**{**vars(scaling), "obs_mean": torch.zeros(2), "obs_std": torch.ones(2)})
+    with pytest.raises(ValueError, match="action_half must be 2 finite positive numbers"):
+        agent.set_scaling(**{**vars(scaling), "action_half": torch.tensor([1.0, 0.0])})
+
+
+# ---- D4RL by name, from a real server
+
+TASK = "hopper-medium-v2"
+
+
+class Server(ThreadingHTTPServer):
+    "Serves one body under every path; `cuts` says after how many bytes each answer breaks off (None: not)."
+
+    def __init__(self, body, ranges=True, cuts=(), status=200, announced=None):
+        self.body, self.ranges, self.cuts, self.status = body, ranges, list(cuts), status
+        self.announced, self.asked = announced, []
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, *args):
+        pass                                        # the client went away
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        server, wanted = self.server, self.headers.get("Range")
+        server.asked.append((self.path, wanted))
+        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and server.ranges else 0
+        if start and start >= len(server.body):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(server.body)}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        body = server.body[start:]
+        self.send_response(206 if start else server.status)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(server.body) - 1}/{len(server.body)}")
+        self.send_header("Content-Length", str(server.announced or len(body)))
+        self.end_headers()
+        cut = server.cuts.pop(0) if server.cuts else None
+        self.wfile.write(body[:cut])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def serve(root):
+    servers = []
+
+    def start(body=None, **kw):
+        if body is None:
+            body = write_hdf5(root / "served.hdf5", [e for k in range(40) for e in episodes(k)]).read_bytes()
+        servers.append(Server(body, **kw))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def fetch(root):
+    return lambda server, task=TASK, **kw: fetch_d4rl(
+        task, root / "cache", progress=False, base_url=getattr(server, "url", server), timeout=5.0, **kw)
+
+
+@pytest.mark.parametrize("task", D4RL_TASKS)
+def test_every_task_is_asked_for_under_its_own_path_and_loads_by_name(task, serve, fetch, root):
+    server, spec = serve(), D4RL_TASKS[task]
+    path = fetch(server, task)
+    assert server.asked == [("/" + spec.file, None)] and path == root / "cache" / spec.file.split("/")[1]
+    data = load(task, folder=root / "cache", download=False)
+    low, high = reference_scores(task)
+    assert {"id": task, "env_id": spec.env_id, "ref_min_score": low, "ref_max_score": high}.items() <= data.meta.items()
+    assert len(data) == len(load_hdf5(path))
+    if spec.env_id:
+        assert gym.spec(spec.env_id).max_episode_steps == spec.max_episode_steps
+        assert re.sub("-.*", "", spec.env_id).lower() == task.split("-")[0]
+
+
+def test_no_two_tasks_share_a_file():
+    assert len({spec.file for spec in D4RL_TASKS.values()}) == len(D4RL_TASKS) == 21
+
+
+def test_a_download_is_whole_recorded_and_not_repeated(serve, fetch, root):
+    server = serve()
+    path = fetch(server)
+    assert path.read_bytes() == server.body and sorted(p.name for p in path.parent.iterdir()) == [
+        "hopper_medium-v2.hdf5", "hopper_medium-v2.hdf5.sha256"]
+    digest = hashlib.sha256(server.body).hexdigest()
+    assert path.with_name(path.name + ".sha256").read_text() == f"{digest}  {path.name}\n"
+    assert fetch(server) == fetch(server, sha256=digest.upper()) == path and len(server.asked) == 1
+
+
+@pytest.mark.parametrize("cuts", [[1000], [1000, 5000, 1], [0, 100]])
+def test_a_broken_connection_is_taken_up_where_it_ended(cuts, serve, fetch):
+    server = serve(cuts=cuts)
+    if cuts[0] == 0:
+        with pytest.raises(DataError, match="after 0 of .*What arrived is kept"):
+            fetch(server)
+        cuts = cuts[1:]
+    assert fetch(server).read_bytes() == server.body
+    starts = [f"bytes={sum(cuts[: k + 1])}-" for k in range(len(cuts))]
+    assert [r for _, r in server.asked if r] == starts
+
+
+def test_a_partial_file_of_an_earlier_run_is_completed(serve, fetch, root):
+    server = serve()
+    part = root / "cache" / "hopper_medium-v2.hdf5.part"
+    part.parent.mkdir()
+    for kept in (server.body[:3000], server.body, server.body + b"too much"):    # cut, complete, longer than the file
+        part.write_bytes(kept)
+        path = fetch(server)
+        assert path.read_bytes() == server.body and not part.exists()
+        path.unlink()
+    assert [r for _, r in server.asked] == ["bytes=3000-", f"bytes={len(server.body)}-",
+                                            f"bytes={len(server.body) + 8}-", None]
+
+
+def test_a_server_without_ranges_begins_again(serve, fetch):
+    server = serve(ranges=False, cuts=[1000])
+    assert fetch(server).read_bytes() == server.body
+    assert [r for _, r in server.asked] == [None, "bytes=1000-"]
+
+
+def test_a_server_without_ranges_that_always_breaks_off_is_given_up(serve, fetch, root):
+    server = serve(ranges=False, cuts=[1000] * 9)
+    with pytest.raises(DataError, match="ended after 1000 of .*put it at") as error:
+        fetch(server)
+    assert len(server.asked) == 2 and not (root / "cache" / "hopper_medium-v2.hdf5").exists()
+    assert str(root / "cache" / "hopper_medium-v2.hdf5") in str(error.value) and server.url in str(error.value)
+
+
+@pytest.mark.parametrize("body, message", [
+    (b"<html>please log in</html>", "not a readable HDF5 file"),
+    ("half", "not a readable HDF5 file"),
+    ("keys", "lacks rewards"),
+    ("lengths", "lengths differ"),
+])
+def test_what_is_not_the_file_is_thrown_away(body, message, serve, fetch, root):
+    if body == "half":                              # announced as whole
+        whole = write_hdf5(root / "x.hdf5", episodes()).read_bytes()
+        body = whole[: len(whole) // 2]
+    elif body == "keys":
+        body = write_hdf5(root / "x.hdf5", episodes(), rewards=None).read_bytes()
+    elif body == "lengths":
+        body = write_hdf5(root / "x.hdf5", episodes(), timeouts=np.zeros(3, bool)).read_bytes()
+    with pytest.raises(DataError, match=f"is not the file: .*{message}"):
+        fetch(serve(body))
+    assert list((root / "cache").iterdir()) == []
+    good = serve()
+    assert fetch(good).read_bytes() == good.body    # nothing of the bad one is left over
+
+
+@pytest.mark.parametrize("announced, message", [
+    (10**7, "ended after [0-9]+ of 10000000 bytes"), (2000, "is not the file: not a readable HDF5 file")])
+def test_a_size_that_is_not_the_announced_one(announced, message, serve, fetch):
+    with pytest.raises(DataError, match=message):
+        fetch(serve(announced=announced, ranges=False))
+
+
+def test_the_expected_checksum(serve, fetch, root):
+    server = serve()
+    with pytest.raises(DataError, match="its SHA-256 is .* expected 00"):
+        fetch(server, sha256="00" * 32)
+    assert list((root / "cache").iterdir()) == []
+    path = fetch(server, sha256=hashlib.sha256(server.body).hexdigest())
+    with pytest.raises(DataError, match="expected 00"):
+        fetch(server, sha256="00" * 32)
+    assert path.exists()                            # what the user has is never deleted
+
+
+def test_a_file_that_changed_on_disk_is_refused(serve, fetch):
+    server = serve()
+    path = fetch(server)
+    content = bytearray(server.body)
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="its SHA-256 is .*Delete it and hopper_medium-v2.hdf5.sha256"):
+        fetch(server)
+    assert len(server.asked) == 1 and path.exists()
+
+
+def test_files_of_the_d4rl_package_are_found(root, monkeypatch, serve):
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(root / "theirs"))
+    (root / "theirs").mkdir()
+    path = write_hdf5(root / "theirs" / "hopper_medium-v2.hdf5", episodes())
+    assert fetch_d4rl(TASK, base_url="http://127.0.0.1:1/") == path and len(load(TASK)) == 13
+    assert path.with_name(path.name + ".sha256").exists()
+    path.with_name(path.name + ".sha256").unlink()
+    path.write_bytes(b"not data")
+    with pytest.raises(DataError, match="not a readable HDF5 file.*damaged, or another one"):
+        load(TASK)
+    monkeypatch.delenv("D4RL_DATASET_DIR")
+    monkeypatch.setenv("HOME", str(root))
+    assert d4rl_folder() == root / ".d4rl" / "datasets"
+
+
+def test_a_folder_that_cannot_be_written_to_is_no_fault(root, fetch, monkeypatch):
+    path = root / "cache" / "hopper_medium-v2.hdf5"
+    path.parent.mkdir()
+    write_hdf5(path, episodes())
+    real = Path.write_text
+    monkeypatch.setattr(Path, "write_text", lambda self, *a: (_ for _ in ()).throw(PermissionError("read-only"))
+                        if self.suffix == ".sha256" else real(self, *a))
+    with pytest.warns(UserWarning, match="changes of hopper_medium-v2.hdf5 will not be noticed"):
+        assert fetch("http://127.0.0.1:1/") == path
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_a_server_that_refuses(status, serve, fetch):
+    with pytest.raises(DataError, match=f"HTTP Error {status}"):
+        fetch(serve(b"no", status=status))
+
+
+def test_without_a_network_the_place_for_the_file_is_named(root, fetch):
+    with pytest.raises(DataError) as error:
+        fetch("http://127.0.0.1:1/")
+    text = str(error.value)
+    assert "could not be downloaded" in text and str(root / "cache" / "hopper_medium-v2.hdf5") in text
+    assert "get http://127.0.0.1:1/gym_mujoco_v2/hopper_medium-v2.hdf5" in text and "\n" not in text
+    with pytest.raises(DataError, match="pass download=True, or get http://rail"):
+        load(TASK, folder=root / "cache", download=False)
+
+
+def test_misspelt_tasks():
+    with pytest.raises(DataError, match="did you mean hopper-medium-v2"):
+        fetch_d4rl("hoper-medium-v2")
+    with pytest.raises(DataError, match="did you mean: .*hopper-medium-v2"):
+        load("hopper-medium-v0")
+
+
+@pytest.mark.parametrize("task", [TASK, "antmaze-umaze-v2"])
+def test_tasks_without_recorded_timeouts(task, root):
+    rng, spec = np.random.default_rng(0), D4RL_TASKS[task]
+    path = root / spec.file.split("/")[1]
+    write_hdf5(path, [episode(1000, False, rng), episode(700, True, rng), episode(1000, False, rng)], timeouts=None)
+    if task == TASK:
+        data = load(task, folder=root)
+        assert len(data) == 2698 and data.episode.unique().tolist() == [0, 1, 2]
+    else:
+        with pytest.raises(DataError, match="has no 'timeouts'"):   # goals are terminal, but end no episode there
+            load(task, folder=root)
+
+
+def d4rl_q_learning_rule(raw):
+    "The rule of d4rl.qlearning_dataset for files with time-outs, told row by row: (row, successor, terminal)."
+    N = len(raw["rewards"])
+    return [(i, i + 1, bool(raw["terminals"][i])) for i in range(N - 1) if not raw["timeouts"][i]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_are_those_the_published_results_were_made_from(seed, root):
+    "Also where terminal rows come in clusters in the middle of an episode, as in antmaze."
+    rng, N = np.random.default_rng(seed), 300
+    raw = dict(observations=rng.normal(size=(N, 3)).astype(np.float32), actions=rng.uniform(-1, 1, (N, 2)),
+               rewards=rng.normal(size=N).astype(np.float32), timeouts=np.arange(N) % 50 == 49)
+    raw["terminals"] = (np.isin(np.arange(N) // 4, rng.integers(0, N // 4, 9))) & ~raw["timeouts"]
+    raw["terminals"][-1] = raw["timeouts"][-1] = False
+    with h5py.File(root / "d.hdf5", "w") as f:
+        for key, x in raw.items():
+            f[key] = x
+    data, expected = load_hdf5(root / "d.hdf5"), d4rl_q_learning_rule(raw)
+    assert len(data) == len(expected)
+    for k, (i, after, terminal) in enumerate(expected):
+        assert torch.equal(data.obs[k], torch.from_numpy(raw["observations"][i])) and data.terminal[k] == terminal
+        assert terminal or torch.equal(data.next_obs[k], torch.from_numpy(raw["observations"][after]))
+
+
+def test_minari_sets_of_the_same_robot_get_no_score_of_d4rl():
+    write_minari("mujoco/hopper/medium-v0", episodes())
+    data = load("mujoco/hopper/medium-v0")
+    assert (data.meta["ref_min_score"], data.meta["ref_max_score"]) == (None, None)
+    with pytest.raises(ValueError, match="no D4RL reference scores"):
+        reference_scores("mujoco/hopper/medium-v0")
+
+
+# ---- a look
+
+def test_describe(root, capsys):
+    data = load_hdf5(write_hdf5(root / "d.hdf5", episodes()))
+    figure = describe(data, coords=(2, 0))
+    assert [a.get_xlabel() for a in figure.axes] == ["return", "length (steps)", "$s_2$", "action"]
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in summary(data)) and len(shown.splitlines()) == len(summary(data))
+    returns, lengths = (a.patches for a in figure.axes[:2])
+    kept = len(torch.unique(data.episode))
+    assert sum(p.get_height() for p in returns) == sum(p.get_height() for p in lengths) == kept
+    for bad in ((0, 3), (-1, 0)):
+        with pytest.raises(ValueError, match="two of 0 to 2"):
+            describe(data, coords=bad)
+    plt.close("all")
