@@ -446,7 +446,7 @@ def _bdpo_bytes(agent, bandit, plan):
 
 # %% ../nbs/11_toy2d.ipynb #11-041
 GRID = 40   # points per axis of a stored landscape, from -LIMIT to LIMIT
-SNAPSHOTS = (50, 45, 40, 35, 30, 25, 20, 15, 10, 5, 0)   # diffusion steps of a stored path
+SNAPSHOTS = (50, 45, 40, 35, 30, 25, 20, 15, 10, 5, 0)   # diffusion steps that are stored
 
 @torch.no_grad()
 def landscape(agent: BDPO,  # trained
@@ -462,12 +462,13 @@ def landscape(agent: BDPO,  # trained
 def _pictures(agent, ends, particles=300):
     "Float16 arrays: paths by both solvers, landscapes, and where every way to guide ends."
     N = agent.config.num_steps
+    steps = [n for n in SNAPSHOTS if n <= N]
     half = lambda x: x.cpu().numpy().astype(np.float16)
     out = {f"end/{name}": half(x[:1000]) for name, x in ends.items()}
     for solver in ("ddpm", "ddim"):
         path = walk(noise_fn(agent.actor.target), particles, agent.sched, solver)
-        out[f"path/{solver}"] = half(torch.stack([path[N - n] for n in SNAPSHOTS]))
-    return out | {"landscape": half(torch.stack([landscape(agent, n) for n in SNAPSHOTS]))}
+        out[f"path/{solver}"] = half(torch.stack([path[N - n] for n in steps]))
+    return out | {"landscape": half(torch.stack([landscape(agent, n) for n in steps]))}
 
 # %% ../nbs/11_toy2d.ipynb #11-042
 def toy(task: str,                       # a name in `TASKS`

@@ -12,8 +12,23 @@ from bdpo_lit import bdpo, toy2d
 from bdpo_lit.bdpo import BDPO, BDPOConfig
 from bdpo_lit.diffusion import forward_sample, vp_schedule
 from bdpo_lit.toy2d import (
-    PRESETS, TASKS, Bandit, closeness, exact_eps, exact_value, gather, guide_chain, guide_contrastive, guide_dac,
-    guide_exact, make_bandit, pretrain, run_toy, sliced_wasserstein, toy, walk,
+    PRESETS,
+    TASKS,
+    Bandit,
+    closeness,
+    exact_eps,
+    exact_value,
+    gather,
+    guide_chain,
+    guide_contrastive,
+    guide_dac,
+    guide_exact,
+    make_bandit,
+    pretrain,
+    run_toy,
+    sliced_wasserstein,
+    toy,
+    walk,
 )
 
 RESULTS = Path(__file__).resolve().parent.parent / "nbs" / "results" / "toy2d_small.json"
@@ -30,7 +45,8 @@ def test_data_by_seed(task):
     a, b, other = make_bandit(task, 300, 1), make_bandit(task, 300, 1), make_bandit(task, 300, 2)
     assert torch.equal(a.points, b.points) and torch.equal(a.energy, b.energy) and torch.equal(a.part, b.part)
     assert not torch.equal(a.points, other.points)
-    assert a.points.dtype == a.energy.dtype == torch.float32 and a.part.unique().tolist() == list(range(a.part.max() + 1))
+    assert a.points.dtype == a.energy.dtype == torch.float32
+    assert a.part.unique().tolist() == list(range(a.part.max() + 1))
 
 
 def test_data_are_what_they_are_called():
@@ -143,14 +159,15 @@ def test_members_that_agree_exactly_give_finite_gradients(rho):
         for net in (agent.q, agent.v):
             for p in (*net.net.parameters(), *net.target.parameters()): p.data[:] = p.data[:1]   # all members alike
         b = make_bandit("moons", 200)
-        for _ in range(6): metrics = agent.update(b.sample(16, torch.Generator().manual_seed(1)))
+        for _ in range(4): metrics = agent.update(b.sample(16, torch.Generator().manual_seed(1)))
         assert all(torch.isfinite(x) for x in metrics.values())
         assert all(torch.isfinite(p).all() for p in agent.actor.net.parameters())
 
 
 def test_runs_are_repeatable_and_the_agent_is_left_alone_by_the_others(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", TINY)
-    (a, arrays), (b, again) = (run_toy("moons", 0.1, 1, "tiny", compare=c, num=600, progress=False) for c in (True, False))
+    a, arrays = run_toy("moons", 0.1, 1, "tiny", compare=True, num=600, progress=False)
+    b, again = run_toy("moons", 0.1, 1, "tiny", num=600, progress=False)
     assert a["closeness"]["BDPO"] == b["closeness"]["BDPO"] and a["value"] == b["value"]
     assert np.array_equal(arrays["landscape"], again["landscape"])
     assert set(a["closeness"]) - set(b["closeness"]) == {"DAC style", "contrastive energy", "chain", "exact guidance"}
@@ -163,16 +180,16 @@ def test_every_guide_reaches_a_simple_target():
     g = torch.Generator().manual_seed(0)
     points = 0.5 * torch.randn(20_000, 2, generator=g)
     blob = Bandit("blob", points, points[:, 0], torch.zeros(20_000, dtype=torch.int64))
-    plan = replace(PRESETS["small"], pretrain_steps=400, train_steps=500, batch_size=128, algorithm=replace(
-        PRESETS["small"].algorithm, num_steps=10, actor_hidden=(32, 32), critic_hidden=(32, 32), warmup_steps=150,
-        actor_every=1, actor_decay_steps=350, critic_decay_steps=500, ema=0.1))
+    plan = replace(PRESETS["small"], pretrain_steps=200, train_steps=250, batch_size=128, algorithm=replace(
+        PRESETS["small"].algorithm, num_steps=10, actor_hidden=(32,), critic_hidden=(32,), warmup_steps=50,
+        actor_every=1, actor_decay_steps=200, critic_decay_steps=250, ema=0.1))
     agent = pretrain(blob, plan, eta=0.5, progress=False)
     ways = dict(contrastive=guide_contrastive(agent, blob, plan, progress=False)[0],
-                chain=guide_chain(agent, blob, plan, progress=False, seconds=6.0)[0],
+                chain=guide_chain(agent, blob, plan, progress=False, seconds=4.0)[0],
                 exact=guide_exact(agent, blob), dac=guide_dac(agent, blob, plan, progress=False)[0])
     ends = {name: walk(eps, 1500, agent.sched)[-1].mean(0) for name, eps in ways.items()}
-    for name in ("contrastive", "chain", "exact"):
-        assert abs(ends[name][0] - 0.5) < 0.15 and abs(ends[name][1]) < 0.1, (name, ends[name])
+    for name, within in dict(exact=0.1, contrastive=0.15, chain=0.25).items():
+        assert abs(ends[name][0] - 0.5) < within and abs(ends[name][1]) < 0.15, (name, ends[name])
     assert ends["dac"][0] > 0.65                 # the slope of Q at every step is too much of a good thing
 
 
@@ -192,8 +209,9 @@ def test_toy_keeps_what_it_made(tmp_path, monkeypatch, capsys):
     assert "rings/0.06/landscape" in np.load(tmp_path / "all.npz")
 
 
-@pytest.mark.parametrize("kw, word", [(dict(task="torus"), "torus"), (dict(task="moons", eta=0.0), "eta must be positive"),
-                                      (dict(task="moons", preset="huge"), "small, paper")])
+@pytest.mark.parametrize("kw, word", [
+    (dict(task="torus"), "torus"), (dict(task="moons", eta=0.0), "eta must be positive"),
+    (dict(task="moons", preset="huge"), "small, paper")])
 def test_run_refuses(kw, word):
     with pytest.raises(ValueError, match=word): run_toy(**kw)
 
