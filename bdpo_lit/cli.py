@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'COMMANDS', 'Demo', 'Collect', 'Describe', 'find_task', 'Train', 'open_run', 'train', 'Evaluate',
-           'evaluate_run', 'Plot', 'main']
+           'evaluate_run', 'Plot', 'Toy2d', 'main']
 
 # %% ../nbs/16_command_line.ipynb #0e2d5bad
 import argparse
@@ -207,7 +207,7 @@ class Evaluate:
 
 def evaluate_run(command: Evaluate):
     "Play, print, note."
-    from bdpo_lit.demo import provenance
+    from bdpo_lit.style import provenance
     from bdpo_lit.tasks import judge_run
     from bdpo_lit.training import RunError, append_json
     c = command
@@ -244,8 +244,29 @@ class Plot:
         from bdpo_lit.training import draw_runs
         _save(draw_runs(self.runs), self.out)
 
+# %% ../nbs/16_command_line.ipynb #1422fc4a
+@dataclass
+class Toy2d:
+    "Train on one of the six planar tasks, measure against the exact optimum, and keep numbers and a picture."
+    task: Positional[str]                       # 8gaussians, 2spirals, moons, swissroll, rings or checkerboard
+    eta: float = 0.06                           # regularisation strength
+    seed: int = 0                               # of everything but the data
+    preset: Literal["small", "paper"] = "small" # minutes on one core, or the paper's configuration (a GPU)
+    compare: bool = False                       # also train the three other ways to guide
+    device: str = "cpu"                         # as torch names it
+    folder: Path = Path("runs/toy2d")           # where the results go
+    threads: int = 1                            # of torch on the CPU
+
+    def __call__(self):
+        _use_threads(self.threads)
+        from bdpo_lit.toy2d import toy
+        from bdpo_lit.training import pick_device
+        pick_device(self.device)                # a clear error, before any work
+        toy(self.task, self.eta, self.seed, self.preset, self.device, self.compare, self.folder)
+
 # %% ../nbs/16_command_line.ipynb #3becee45
-COMMANDS = dict(demo=Demo, collect=Collect, describe=Describe, train=Train, evaluate=Evaluate, plot=Plot)
+COMMANDS = dict(demo=Demo, collect=Collect, describe=Describe, train=Train, evaluate=Evaluate, plot=Plot,
+                toy2d=Toy2d)
 
 def main(args: list[str] | None = None):  # the words after `bdpo`; None: from the command line
     "Entry point of the `bdpo` command."

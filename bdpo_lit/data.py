@@ -328,14 +328,14 @@ def load_hdf5(path: str | Path,                     # file in the D4RL layout
 class D4RLTask(NamedTuple):
     "What is known of a task of D4RL beside its data."
     file: str                      # where the data lie, below `D4RL_URL`
-    env_id: str | None             # the nearest environment of Gymnasium; None: none can play what the data teach
+    env_id: str | None             # the nearest environment of Gymnasium; None: none is near
     max_episode_steps: int | None  # to count to if the file lacks time-outs; None: there, counting would be wrong
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 
 D4RL_TASKS = {
     f"{name}-{kind}-v2": D4RLTask(f"gym_mujoco_v2/{name}_{kind.replace('-', '_')}-v2.hdf5", env_id, 1000)
-    for name, env_id in (("halfcheetah", "HalfCheetah-v5"), ("hopper", "Hopper-v5"), ("walker2d", "Walker2d-v5"))
+    for name, env_id in (("halfcheetah", "HalfCheetah-v4"), ("hopper", "Hopper-v4"), ("walker2d", "Walker2d-v4"))
     for kind in ("medium", "medium-replay", "medium-expert")
 } | {
     f"antmaze-{kind}-{version}": D4RLTask(

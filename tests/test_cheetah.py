@@ -102,7 +102,8 @@ def test_learning_depends_on_the_seed_only():
 def test_same_seed_same_bytes_other_seed_other_data(policies):
     first = digest(replay(policies, 600, 1))
     assert digest(replay(policies, 600, 1)) == first != digest(replay(policies, 600, 2))
-    code = ("import hashlib, numpy as np\nfrom bdpo_lit.cheetah import LinearPolicy, replay\nrng = np.random.default_rng(0)\n"
+    code = ("import hashlib, numpy as np\nfrom bdpo_lit.cheetah import LinearPolicy, replay\n"
+            "rng = np.random.default_rng(0)\n"
             "ps = [LinearPolicy(rng.normal(size=(6, 17)) / 10, rng.normal(size=17), rng.uniform(0.5, 2, 17)) "
             "for _ in range(3)]\n"
             "print(hashlib.sha256(b''.join(e.observations.tobytes() + e.actions.tobytes() + e.rewards.tobytes() "
