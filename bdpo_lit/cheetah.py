@@ -27,10 +27,10 @@ from .bdpo import BDPO, BDPOConfig, cosine_rate
 from .behavior import GaussianPolicy
 from .data import DataError, Scaling, Transitions, episode_returns, load_minari, reference_scores, scale_reward
 from .data import summary
-from .demo import provenance
 from .evaluation import evaluate, vectorize
 from .maze import find_or_make, permalink
 from .networks import EnsembleMLP, QNet, ema_update
+from .style import provenance
 from .tasks import Task
 from .training import RunError, TrainConfig, Training, load_agent, watch
 
