@@ -124,7 +124,8 @@ def make_bandit(task: str,          # a name in `TASKS`
 # %% ../nbs/11_toy2d.ipynb #11-009
 LIMIT = 4.5   # the pictures show [-LIMIT, LIMIT] on both axes
 
-def plane(ax: plt.Axes, points: Float[np.ndarray, "P 2"] | Float[Tensor, "P 2"], color, title: str = "", size: float = 1.0):
+def plane(ax: plt.Axes, points: Float[np.ndarray, "P 2"] | Float[Tensor, "P 2"], color, title: str = "",
+          size: float = 1.0):
     "Points on the square of the pictures, without axes."
     ax.scatter(*np.asarray(points, float).T, s=size, c=color, lw=0, rasterized=True)
     ax.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), xticks=[], yticks=[], aspect="equal")
@@ -422,7 +423,8 @@ def run_toy(task: str,                    # a name in `TASKS`
     ways = {"behaviour": noise_fn(agent.behavior.target), "BDPO": noise_fn(agent.actor.target)}
     kept, updates = {"BDPO": _bdpo_bytes(agent, bandit, plan)}, {"BDPO": agent.actor.updates}
     if compare:
-        for name, guide in {"DAC style": guide_dac, "contrastive energy": guide_contrastive, "chain": guide_chain}.items():
+        others = {"DAC style": guide_dac, "contrastive energy": guide_contrastive, "chain": guide_chain}
+        for name, guide in others.items():
             start, extra = clock(), {"seconds": seconds["BDPO"]} if name == "chain" else {}
             ways[name], kept[name], *made = guide(nu, bandit, plan, seed, progress, **extra)
             seconds[name], updates[name] = clock() - start, made[0] if made else None
@@ -430,9 +432,9 @@ def run_toy(task: str,                    # a name in `TASKS`
     ends = {name: walk(eps, num, agent.sched, seed=seed + 100)[-1] for name, eps in ways.items()}
     ends["BDPO, DDIM"] = walk(ways["BDPO"], num, agent.sched, "ddim", seed + 100)[-1]
     close = {name: closeness(x, bandit, None if name == "behaviour" else eta, seed) for name, x in ends.items()}
-    result = dict(task=task, eta=eta, seed=seed, preset=preset, closeness=close, value=value_errors(agent, bandit, seed=seed),
-                  pretrain_seconds=pretrained, seconds=seconds, bytes_kept=kept, updates=updates,
-                  config=asdict(plan) | dict(algorithm=asdict(agent.config)),
+    result = dict(task=task, eta=eta, seed=seed, preset=preset, closeness=close,
+                  value=value_errors(agent, bandit, seed=seed), pretrain_seconds=pretrained, seconds=seconds,
+                  bytes_kept=kept, updates=updates, config=asdict(plan) | dict(algorithm=asdict(agent.config)),
                   provenance=provenance())
     return result, _pictures(agent, ends)
 
@@ -479,7 +481,7 @@ def toy(task: str,                       # a name in `TASKS`
         compare: bool = False,           # also train the three other ways to guide
         folder: str | Path = "runs/toy2d",  # where results go
        ) -> dict:                        # the numbers
-    "`run_toy`, printed and kept: FOLDER/TASK-ETA-SEED.json, .npz and .png. A run that is there already is not made again."
+    "`run_toy`, printed and kept: FOLDER/TASK-ETA-SEED.json, .npz and .png. What is there already is not made again."
     at = Path(folder) / f"{task}-{eta:g}-{seed}"
     if at.with_name(at.name + ".json").exists(): result = json.loads(at.with_name(at.name + ".json").read_text())
     else:
@@ -511,19 +513,21 @@ def draw_ends(arrays: dict,                    # as `run_toy` returns them
     ends = {"optimum": target} | {k.removeprefix("end/"): x for k, x in arrays.items() if k.startswith("end/")}
     fig, axes = plt.subplots(1, len(ends), figsize=(1.5 * len(ends), 1.8))
     for ax, (name, x) in zip(axes, ends.items()):
-        plane(ax, x[:1000], COLORS["target" if name == "optimum" else "behavior" if name == "behaviour" else "actor"], name)
+        plane(ax, x[:1000], COLORS[{"optimum": "target", "behaviour": "behavior"}.get(name, "actor")], name)
     return fig
+
+def _distance(c): return "{:.4f} ({:.4f} to {:.4f})".format(c["energy_distance"], *c["interval"])
+def _energies(c): return f"{c['mean_energy']:.3f} ({c['mean_energy_target']:.3f})"
 
 def closeness_table(results: list[dict],  # as `run_toy` returns them
                    ) -> str:              # Markdown
     "One row for each way to guide of each result."
-    rows = ["| task | way | energy distance (95 %) | sliced Wasserstein | share gap | mean energy (target) | outside | CPU s | MiB kept |",
-            "|:--|:--|:-:|--:|--:|--:|--:|--:|--:|"]
+    rows = ["| task | way | energy distance (95 %) | sliced Wasserstein | share gap | mean energy (target) | outside "
+            "| CPU s | MiB kept |", "|:--|:--|:-:|--:|--:|--:|--:|--:|--:|"]
     for r in results:
         for name, c in r["closeness"].items():
-            low, high = c["interval"]
             seconds, kept = r["seconds"].get(name), r["bytes_kept"].get(name)
-            rows.append(f"| {r['task']} | {name} | {c['energy_distance']:.4f} ({low:.4f} to {high:.4f}) | {c['sliced_wasserstein']:.3f} "
-                        f"| {c['share_gap']:.3f} | {c['mean_energy']:.3f} ({c['mean_energy_target']:.3f}) | {c['outside']:.3f} "
-                        f"| {'–' if seconds is None else f'{seconds:.0f}'} | {'–' if kept is None else f'{kept / 2**20:.1f}'} |")
+            rows.append(f"| {r['task']} | {name} | {_distance(c)} | {c['sliced_wasserstein']:.3f} | {c['share_gap']:.3f} "
+                        f"| {_energies(c)} | {c['outside']:.3f} | {'–' if seconds is None else f'{seconds:.0f}'} "
+                        f"| {'–' if kept is None else f'{kept / 2**20:.1f}'} |")
     return "\n".join(rows)
