@@ -184,7 +184,8 @@ def _nearest(x, points, chunk=500):
 
 def _blocks(x, y, size):
     "Energy distance of one block of samples after the other."
-    return np.array([energy_distance(p, q).item() for p, q in zip(x.split(size), y.split(size))])
+    starts = range(0, len(x) - size + 1, size)
+    return np.array([energy_distance(x[i : i + size], y[i : i + size]).item() for i in starts])
 
 def _mean_interval(d):
     "Mean, and its 95 % bootstrap interval over blocks."
@@ -198,7 +199,10 @@ def closeness(samples: Float[Tensor, "P 2"],  # of a policy
               block: int = 500,               # samples per energy distance; the interval is over P / block of them
               reference: int = 10_000,        # points of the data among which the nearest is looked for
              ) -> dict:                       # name -> number, see the table above
-    "How far samples are from the optimum. The entries ending in _floor are of two independent draws of the optimum."
+    "How far samples are from the optimum; `_floor` is what two draws of it score. `ValueError` on too few points."
+    if len(samples) < 2 * block: raise ValueError(f"{len(samples)} samples, but at least {2 * block} are needed")
+    if len(bandit.points) < (need := reference + 2000):
+        raise ValueError(f"{len(bandit.points)} data points, but at least {need} are needed")
     g = torch.Generator(bandit.points.device).manual_seed(seed)
     draw = lambda: bandit.target(len(samples), math.inf if eta is None else eta, g)
     ours, theirs, again = samples, draw(), draw()
@@ -247,7 +251,7 @@ def pretrain(bandit: Bandit,         # the data, on the device to train on
             ) -> BDPO:               # an agent that knows nu
     "Fit the behaviour policy."
     agent = BDPO(1, 2, replace(preset.algorithm, eta=eta), bandit.points.device, seed)
-    batches = _batches(bandit, preset.batch_size, seed)
+    batches = _batches(bandit, preset.batch_size, seed, phase=1)
     for _ in trange(preset.pretrain_steps, desc=f"{bandit.task}: behaviour", disable=not progress):
         agent.update_behavior(next(batches))
     return agent
@@ -259,14 +263,14 @@ def improve(agent: BDPO,            # after `pretrain`
             progress: bool = True,  # show a bar
            ) -> BDPO:               # the same agent
     "Algorithm 1's main loop."
-    batches = _batches(bandit, preset.batch_size, seed + 1)
+    batches = _batches(bandit, preset.batch_size, seed, phase=2)
     agent.start_actor()
     for _ in trange(preset.train_steps, desc=f"{bandit.task}: BDPO", disable=not progress): agent.update(next(batches))
     return agent
 
-def _batches(bandit, batch_size, seed):
-    "Batches without end. Their stream is not that of the agent's weights and noise, whatever the seed."
-    order = int(np.random.SeedSequence([seed, 2]).generate_state(1)[0])
+def _batches(bandit, batch_size, seed, phase):
+    "Batches without end. Streams of different seeds and phases, and of the agent's weights and noise, are independent."
+    order = int(np.random.SeedSequence([seed, phase]).generate_state(1)[0])
     g = torch.Generator(bandit.points.device).manual_seed(order)
     while True: yield bandit.sample(batch_size, g)
 
@@ -313,16 +317,15 @@ def guide_dac(agent: BDPO, bandit: Bandit, preset: ToyPreset, seed: int = 0, pro
     "DAC style (Fang et al., 2025): the slope of Q at the noisy action. Returns (noise function, bytes kept)."
     c, sched, nu = agent.config, agent.sched, agent.behavior.target
     actor, q = _start(agent, seed)
-    g, batches = torch.Generator(agent.device).manual_seed(seed), _batches(bandit, preset.batch_size, seed + 1)
+    g, batches = torch.Generator(agent.device).manual_seed(seed), _batches(bandit, preset.batch_size, seed, phase=2)
     for k in trange(preset.train_steps, desc=f"{bandit.task}: DAC style", disable=not progress):
         b = next(batches)
         q.step(value_loss(q.net(b.obs, b.action), b.reward))
         if k < c.warmup_steps or k % c.actor_every: continue
         n = torch.randint(1, c.num_steps + 1, (len(b.action),), generator=g, device=agent.device)
         x = forward_sample(b.action, n, torch.randn(b.action.shape, generator=g, device=agent.device), sched)
-        with torch.enable_grad():
-            at = x.clone().requires_grad_()
-            slope, = torch.autograd.grad(q.target(b.obs, at).mean(0).sum(), at)
+        at = x.clone().requires_grad_()
+        slope, = torch.autograd.grad(q.target(b.obs, at).mean(0).sum(), at)
         with torch.no_grad(): goal = nu(b.obs, x, n) - (1 - sched.alpha_bar[n]).sqrt()[:, None] / c.eta * slope
         actor.step((actor.net(b.obs, x, n) - goal).square().mean())
     return noise_fn(actor.target), saved_bytes(lambda: (actor.net(b.obs, x, n) - goal).square().mean())[0]
@@ -339,19 +342,20 @@ def _start(agent, seed):
 
 # %% ../nbs/11_toy2d.ipynb #11-036
 def guide_chain(agent: BDPO, bandit: Bandit, preset: ToyPreset, seed: int = 0, progress: bool = True,
-                seconds: float = 60.0):  # CPU time to spend
+                seconds: float = 60.0,            # CPU time to spend
+                max_updates: int | None = None):  # of the actor, if these come first
     "Back-propagation through all N steps of eta * path KL - Q. Returns (noise function, bytes kept, updates made)."
     c, sched, nu = agent.config, agent.sched, agent.behavior.target
     actor, q = _start(agent, seed)
     actor.decay_steps = None
-    g, batches = torch.Generator(agent.device).manual_seed(seed), _batches(bandit, preset.batch_size, seed + 1)
+    g, batches = torch.Generator(agent.device).manual_seed(seed), _batches(bandit, preset.batch_size, seed, phase=2)
     def loss(obs):
         x_N = torch.randn(len(obs), 2, generator=g, device=agent.device)
         price, a = path_kl(lambda x, n: actor.net(obs, x, n), lambda x, n: nu(obs, x, n), x_N, sched, generator=g)
         return (c.eta * price - q.target(obs, a).mean(0)).mean()
     start, spent = time.process_time(), 0.0
     with trange(round(seconds), desc=f"{bandit.task}: through the chain", unit="s", disable=not progress) as bar:
-        while spent < seconds:
+        while spent < seconds and actor.updates != max_updates:
             b = next(batches)
             q.step(value_loss(q.net(b.obs, b.action), b.reward))
             if q.updates > c.warmup_steps:
@@ -370,7 +374,7 @@ def guide_contrastive(agent: BDPO, bandit: Bandit, preset: ToyPreset, seed: int 
         torch.manual_seed(seed)
         net = VNet(1, 2, c.num_steps, c.critic_hidden, 1, c.time_dim, c.v_layer_norm).to(agent.device)
     f = Learner(net, c.critic_lr, c.critic_decay_steps, c.clip_grad_norm, c.ema)
-    g, batches = torch.Generator(agent.device).manual_seed(seed), _batches(bandit, preset.batch_size, seed + 1)
+    g, batches = torch.Generator(agent.device).manual_seed(seed), _batches(bandit, preset.batch_size, seed, phase=2)
     def loss(b):
         n = torch.randint(1, c.num_steps + 1, (groups, 1), generator=g, device=agent.device)
         n = n.expand(groups, preset.batch_size // groups).reshape(-1)
@@ -440,7 +444,7 @@ def run_toy(task: str,                    # a name in `TASKS`
 
 def _bdpo_bytes(agent, bandit, plan):
     "What autograd keeps for the larger of BDPO's gradients: the actor's, or the critics'."
-    n, x = agent._noised(bandit.sample(plan.batch_size).action)
+    n, x = agent._noised(bandit.sample(plan.batch_size, torch.Generator(agent.device).manual_seed(0)).action)
     obs = torch.zeros(len(x), 1, device=agent.device)
     actor = lambda: actor_loss(agent.actor.net, **agent._one_step(obs, x, n))[0]
     critics = lambda: value_loss(agent.v.net(obs, x, n), x[:, 0]) + value_loss(agent.q.net(obs, x), x[:, 0])
@@ -481,16 +485,19 @@ def toy(task: str,                       # a name in `TASKS`
         compare: bool = False,           # also train the three other ways to guide
         folder: str | Path = "runs/toy2d",  # where results go
        ) -> dict:                        # the numbers
-    "`run_toy`, printed and kept: FOLDER/TASK-ETA-SEED.json, .npz and .png. What is there already is not made again."
-    at = Path(folder) / f"{task}-{eta:g}-{seed}"
-    if at.with_name(at.name + ".json").exists(): result = json.loads(at.with_name(at.name + ".json").read_text())
-    else:
+    "`run_toy`, printed and kept: FOLDER/TASK-ETA-SEED[-PRESET].json, .npz, .png. What is there is not made again."
+    at = Path(folder) / f"{task}-{eta:g}-{seed}{'' if preset == 'small' else '-' + preset}"
+    file = lambda suffix: at.with_name(at.name + suffix)
+    result = json.loads(file(".json").read_text()) if file(".json").exists() else None
+    if result is None or (compare and "chain" not in result["seconds"]):
         result, arrays = run_toy(task, eta, seed, preset, device, compare)
         at.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(at.with_name(at.name + ".npz"), **arrays)
+        np.savez_compressed(file(".npz"), **arrays)
         use_style()
-        draw_ends(arrays, make_bandit(task).target(1000, eta)).savefig(at.with_name(at.name + ".png"))
-        at.with_name(at.name + ".json").write_text(json.dumps(result))
+        fig = draw_ends(arrays, make_bandit(task).target(1000, eta))
+        fig.savefig(file(".png")); plt.close(fig)
+        file(".part").write_text(json.dumps(result))
+        file(".part").replace(file(".json"))   # last, and whole: what has a .json is complete
     print(closeness_table([result]))
     return result
 
@@ -498,7 +505,7 @@ def gather(folder: str | Path,  # of `toy`
            to: str | Path,      # path without suffix
            seed: int = 0):      # whose arrays are kept
     "Many runs of `toy` as one list of numbers (.json) and one file of arrays (.npz)."
-    files = sorted(Path(folder).glob("*.json"))
+    files = sorted(Path(folder).glob("*-*-*.json"))
     results = [json.loads(f.read_text()) for f in files]
     Path(f"{to}.json").write_text(json.dumps(results, indent=None).replace('}, {"task"', '},\n{"task"') + "\n")
     arrays = {f"{r['task']}/{r['eta']:g}/{key}": x for f, r in zip(files, results) if r["seed"] == seed
@@ -527,7 +534,7 @@ def closeness_table(results: list[dict],  # as `run_toy` returns them
     for r in results:
         for name, c in r["closeness"].items():
             seconds, kept = r["seconds"].get(name), r["bytes_kept"].get(name)
-            rows.append(f"| {r['task']} | {name} | {_distance(c)} | {c['sliced_wasserstein']:.3f} | {c['share_gap']:.3f} "
-                        f"| {_energies(c)} | {c['outside']:.3f} | {'–' if seconds is None else f'{seconds:.0f}'} "
+            rows.append(f"| {r['task']} | {name} | {_distance(c)} | {c['sliced_wasserstein']:.3f} "
+                        f"| {c['share_gap']:.3f} | {_energies(c)} | {c['outside']:.3f} | {'–' if seconds is None else f'{seconds:.0f}'} "
                         f"| {'–' if kept is None else f'{kept / 2**20:.1f}'} |")
     return "\n".join(rows)

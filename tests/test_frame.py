@@ -146,6 +146,13 @@ def test_every_chapter_is_in_the_readme():
     assert sorted({*listed, "index.ipynb"}) == sorted({*CHAPTERS, "index.ipynb"})
 
 
+def test_index_and_readme_list_the_same_chapters():
+    index = (ROOT / "nbs" / "index.ipynb").read_text()
+    rows = re.findall(r"^\| \[.*?\]\(nbs/\w+\.ipynb\) \|.*$", (ROOT / "README.md").read_text(), re.M)
+    missing = [row for row in rows if row.replace("(nbs/", "(") not in index]
+    assert rows and not missing, f"not in the index: {missing}"
+
+
 def test_site_can_be_staged(run, copy_project):
     project = copy_project("site")
     assert (ROOT / "nbs" / "_quarto.yml").is_symlink()

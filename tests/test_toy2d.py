@@ -134,6 +134,8 @@ def test_closeness_passes_the_target_and_notices_faults(task):
     data = closeness(b.points[:2000], b, 0.06)
     assert data["share_gap"] > 0.3 and data["mean_energy"] < data["mean_energy_target"] - 0.1
     assert data["energy_distance"] > 0.03 and data["sliced_wasserstein"] > 3 * data["sliced_wasserstein_floor"]
+    with pytest.raises(ValueError, match="1000 are needed"): closeness(good[:999], b, 0.06)
+    with pytest.raises(ValueError, match="12000 are needed"): closeness(good, b.head(11_000), 0.06)
     far = closeness(good + 3.0, b, 0.06)
     assert far["outside"] > 0.5 and far["energy_distance"] > 0.5
 
@@ -185,7 +187,7 @@ def test_every_guide_reaches_a_simple_target():
         actor_every=1, actor_decay_steps=200, critic_decay_steps=250, ema=0.1))
     agent = pretrain(blob, plan, eta=0.5, progress=False)
     ways = dict(contrastive=guide_contrastive(agent, blob, plan, progress=False)[0],
-                chain=guide_chain(agent, blob, plan, progress=False, seconds=4.0)[0],
+                chain=guide_chain(agent, blob, plan, progress=False, seconds=1e4, max_updates=150)[0],
                 exact=guide_exact(agent, blob), dac=guide_dac(agent, blob, plan, progress=False)[0])
     ends = {name: walk(eps, 1500, agent.sched)[-1].mean(0) for name, eps in ways.items()}
     for name, within in dict(exact=0.1, contrastive=0.15, chain=0.25).items():
@@ -199,12 +201,15 @@ def test_toy_keeps_what_it_made(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "tiny", TINY)
     first = toy("rings", 0.06, preset="tiny", folder=tmp_path)
     toy("moons", 0.25, preset="tiny", folder=tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {f"{n}.{s}" for n in ("rings-0.06-0", "moons-0.25-0")
+    assert {p.name for p in tmp_path.iterdir()} == {f"{n}-tiny.{s}" for n in ("rings-0.06-0", "moons-0.25-0")
                                                   for s in ("json", "npz", "png")}
+    made = toy2d.run_toy
     monkeypatch.setattr(toy2d, "run_toy", lambda *a: pytest.fail("made again"))
     assert toy("rings", 0.06, preset="tiny", folder=tmp_path) == json.loads(json.dumps(first))
     assert "| rings | BDPO |" in capsys.readouterr().out
-    gather(tmp_path, tmp_path / "all")
+    with pytest.raises(pytest.fail.Exception): toy("rings", 0.06, preset="tiny", compare=True, folder=tmp_path)
+    monkeypatch.setattr(toy2d, "run_toy", made)
+    for _ in range(2): gather(tmp_path, tmp_path / "all")
     assert [r["task"] for r in json.loads((tmp_path / "all.json").read_text())] == ["moons", "rings"]
     assert "rings/0.06/landscape" in np.load(tmp_path / "all.npz")
 
