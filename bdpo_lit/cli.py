@@ -253,7 +253,7 @@ class Toy2d:
     seed: int = 0                               # of everything but the data
     preset: Literal["small", "paper"] = "small" # minutes on one core, or the paper's configuration (a GPU)
     compare: bool = False                       # also train the three other ways to guide
-    device: str = "cpu"                         # as torch names it
+    device: str = "cpu"                         # "auto", or as torch names it
     folder: Path = Path("runs/toy2d")           # where the results go
     threads: int = 1                            # of torch on the CPU
 
@@ -261,8 +261,8 @@ class Toy2d:
         _use_threads(self.threads)
         from bdpo_lit.toy2d import toy
         from bdpo_lit.training import pick_device
-        pick_device(self.device)                # a clear error, before any work
-        toy(self.task, self.eta, self.seed, self.preset, self.device, self.compare, self.folder)
+        device = str(pick_device(self.device))  # a clear error, before any work
+        toy(self.task, self.eta, self.seed, self.preset, device, self.compare, self.folder)
 
 # %% ../nbs/16_command_line.ipynb #3becee45
 COMMANDS = dict(demo=Demo, collect=Collect, describe=Describe, train=Train, evaluate=Evaluate, plot=Plot,
