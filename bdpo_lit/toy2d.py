@@ -535,6 +535,7 @@ def closeness_table(results: list[dict],  # as `run_toy` returns them
         for name, c in r["closeness"].items():
             seconds, kept = r["seconds"].get(name), r["bytes_kept"].get(name)
             rows.append(f"| {r['task']} | {name} | {_distance(c)} | {c['sliced_wasserstein']:.3f} "
-                        f"| {c['share_gap']:.3f} | {_energies(c)} | {c['outside']:.3f} | {'–' if seconds is None else f'{seconds:.0f}'} "
+                        f"| {c['share_gap']:.3f} | {_energies(c)} | {c['outside']:.3f} "
+                        f"| {'–' if seconds is None else f'{seconds:.0f}'} "
                         f"| {'–' if kept is None else f'{kept / 2**20:.1f}'} |")
     return "\n".join(rows)
