@@ -21,6 +21,7 @@ from gymnasium.envs.mujoco import ant_v4
 from gymnasium.envs.registration import EnvSpec
 from gymnasium_robotics.envs.maze import maps
 from .bdpo import BDPO, BDPOConfig
+from .data import D4RL_TASKS
 from .evaluation import bootstrap_interval, evaluate, normalized_score
 import bdpo_lit.maze  # noqa: F401, it registers an environment
 from .training import RunError, TrainConfig, load_agent, load_checkpoint, read_config
@@ -39,8 +40,6 @@ class Task:
 _ETA_RHO = {  # Table 4: price per nat, pessimism
     "halfcheetah": (0.05, 0.5), "hopper": (0.2, 2.0), "walker2d": (0.15, 1.0),
     "antmaze-umaze": (0.5, 0.8), "antmaze-medium": (0.2, 0.8), "antmaze-large": (1.0, 0.8)}
-_ENVS = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4",
-         **{f"antmaze-{size}": f"bdpo_lit.tasks:bdpo/AntMaze-{size}-v0" for size in ("umaze", "medium", "large")}}
 
 def _d4rl(name: str) -> Task:
     "Tables 3 and 4 for one task."
@@ -53,7 +52,8 @@ def _d4rl(name: str) -> Task:
                             behavior_lr=1e-4)
     if name == "hopper-medium-v2": algorithm = replace(algorithm, num_critics=20)
     if name == "antmaze-umaze-diverse-v0": train = replace(train, how="sample", num_actions=1)
-    return Task(train, algorithm, "antmaze" if family.startswith("antmaze") else "locomotion", _ENVS[family], name)
+    if env := D4RL_TASKS[name].env_id: return Task(train, algorithm, "locomotion", env, name)
+    return Task(train, algorithm, "antmaze", f"bdpo_lit.tasks:bdpo/AntMaze-{family.removeprefix('antmaze-')}-v0", name)
 
 TASKS = {name: _d4rl(name) for name in (
     *(f"{body}-{data}-v2" for body in ("halfcheetah", "hopper", "walker2d")
