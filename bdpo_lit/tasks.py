@@ -130,7 +130,8 @@ def judge_run(run_dir: str | Path,             # directory of a run
     about, train = config["about"], config["train"]
     if not (env := env or about.get("env") or about.get("env_id")):
         raise RunError(f"{run_dir} does not say where its policies play; give an environment")
-    make_env, how, M = env_maker(env), how or train["how"], num_actions or train["num_actions"]
+    make_env, how = env_maker(env), how or train["how"]
+    M = 1 if how == "sample" else num_actions or train["num_actions"]   # one sample has no candidates
     refs = about.get("ref_min_score"), about.get("ref_max_score")
     results = {}
     for which in ("last", "best"):
