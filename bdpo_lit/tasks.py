@@ -187,9 +187,9 @@ class AntMaze(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         "Near the origin; the goal is drawn within its cell, for every episode."
         super().reset(seed=seed)
-        obs, _ = self.ant.reset(seed=seed)
         jitter = self.np_random.uniform(0, CELL / 4, 2) + self.np_random.uniform(0, CELL / 8, 2)
         self.goal = self.goal_cell + jitter
+        obs, _ = self.ant.reset(seed=int(self.np_random.integers(2**31)))   # not the seed of the goal
         return obs, {"success": False}
 
     def step(self, action):

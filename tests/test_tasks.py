@@ -168,8 +168,11 @@ def test_goals_lie_where_the_data_had_them(size, goal):
     i, j = cell(np.array(goal) + 0.1)
     assert env.walls[i][j] == 0
     first = env.goal
-    env.reset(seed=99)
-    assert np.array_equal(env.goal, first), "same seed, same episode"
+    again, _ = env.reset(seed=99)
+    assert np.array_equal(env.goal, first) and np.array_equal(obs, again), "same seed, same episode"
+    env.ant.reset(seed=99)
+    assert not np.array_equal(obs[:2], env.ant.data.qpos[:2]), "start and goal have random numbers of their own"
+    assert not np.array_equal(obs, env.reset()[0])
     env.close()
 
 
