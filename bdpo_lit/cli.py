@@ -149,7 +149,7 @@ def open_run(command: Train):  # with `train` and `algorithm`
         _collect(c.task.removesuffix("-long"))
     data = _load(source, limit, c.download, c.clip_outside, **meta)
     if not env: env = data.meta["env_id"] if is_file or source in D4RL_TASKS else recorded_env(source)
-    if asks and env and make_env is None: make_env = env_maker(env)
+    if asks and env and make_env is None: make_env = env_maker(env, from_file=True)
     reward = c.reward or (task.reward if task else "locomotion")
     data = scale_reward(data, reward)
     about = dict(task=c.task, data=source, env=env if asks else None, reward=reward)

@@ -78,9 +78,13 @@ def no_task(name: str,             # what was asked for
 
 # %% ../nbs/14b_tasks.ipynb #00ba4f23
 def env_maker(env: str,                          # Gymnasium's id, "module:id", or an `EnvSpec` as JSON
+              from_file: bool = False,           # a file says so, not you: of modules, import this book's only
              ) -> Callable[..., gym.Env]:        # builds one; takes render_mode
     "A function that builds this environment; it is tried once. Raises `RunError` if there is no such environment."
-    what = _known_spec(env) if env.startswith("{") else env
+    what, module = (_known_spec(env), "") if env.startswith("{") else (env, env.rpartition(":")[0])
+    if from_file and module and not module.startswith("bdpo_lit."):
+        raise RunError(f"a file names the environment '{env}', whose use would import {module}; name it yourself "
+                       "if you trust it")
     def build(render_mode: str | None = None) -> gym.Env:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")      # "v4 is out of date": that is why we want it
@@ -128,9 +132,10 @@ def judge_run(run_dir: str | Path,             # directory of a run
     "Play the last and the best policy of a run. Raises `RunError`."
     config = read_config(run_dir)
     about, train = config["about"], config["train"]
-    if not (env := env or about.get("env") or about.get("env_id")):
+    noted = about.get("env") or about.get("env_id")
+    if not (env or noted):
         raise RunError(f"{run_dir} does not say where its policies play; give an environment")
-    make_env, how = env_maker(env), how or train["how"]
+    make_env, how = env_maker(env or noted, from_file=not env), how or train["how"]
     M = 1 if how == "sample" else num_actions or train["num_actions"]   # one sample has no candidates
     refs = about.get("ref_min_score"), about.get("ref_max_score")
     results = {}
@@ -145,7 +150,7 @@ def judge_run(run_dir: str | Path,             # directory of a run
         numbers = {"return": played.returns} | ({} if played.success is None else {"success": played.success})
         if None not in refs: numbers["score"] = normalized_score(played.returns, *refs)
         results[which] = dict(step=step, returns=played.returns.tolist()) | {k: _spread(x) for k, x in numbers.items()}
-    return dict(env=env, env_id=make_env().spec.id, episodes=episodes, seed=seed, how=how, num_actions=M,
+    return dict(env=env or noted, env_id=make_env().spec.id, episodes=episodes, seed=seed, how=how, num_actions=M,
                 ref_min_score=refs[0], ref_max_score=refs[1], **results)
 
 def _spread(x: np.ndarray) -> dict[str, float]:

@@ -222,6 +222,16 @@ def test_environments_that_cannot_be(env, message):
     with pytest.raises(RunError, match=message): env_maker(env)
 
 
+def test_what_a_file_may_name(tmp_path, monkeypatch):
+    (tmp_path / "stranger.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = tmp_path / "run"
+    list(Training(pendulum(), PLAN, TINY, None, run, about=dict(env="stranger:Pendulum-v1")).run())
+    with pytest.raises(RunError, match="would import stranger; name it yourself"): judge_run(run, 1)
+    with pytest.raises(SystemExit, match="imported"): judge_run(run, 1, env="stranger:Pendulum-v1")
+    for env in ("Pendulum-v1", "bdpo_lit.maze:bdpo/PointMazeUMazeHidden-v0", HOPPER): env_maker(env, from_file=True)
+
+
 def test_specifications_with_known_wrappers():
     env = gym.wrappers.ClipReward(gym.make("Pendulum-v1", g=5.0), -0.5, 0.5)
     again = env_maker(env.spec.to_json())()
