@@ -144,7 +144,7 @@ def open_run(command: Train):  # with `train` and `algorithm`
     make_env = env_maker(env) if env and asks else None
     known, limit, meta = D4RL_TASKS.get(task.data) if task else None, c.max_episode_steps, {}
     if known: meta = dict(zip(("ref_min_score", "ref_max_score"), reference_scores(task.data)), id=task.data)
-    if limit is None: limit = known.max_episode_steps if known else make_env and make_env().spec.max_episode_steps
+    if limit is None: limit = known.max_episode_steps if known else make_env and make_env.spec.max_episode_steps
     if c.task in EMBEDDED and not c.data and not minari.storage.get_dataset_path(source).exists():
         _collect(c.task.removesuffix("-long"))
     data = _load(source, limit, c.download, c.clip_outside, **meta)
@@ -165,7 +165,7 @@ def train(command: Train):
     run = open_run(command)
     d, steps, c, a = run.data, run.steps, run.config, run.algorithm
     print(f"{len(d)} transitions of {d.meta['id']}, rewards x {d.meta['reward_scale']:.4g}; "
-          + ("played in " + (run.make_env().spec.id if run.make_env else "no environment: give --env to see scores")))
+          + ("played in " + (run.make_env.spec.id if run.make_env else "no environment: give --env to see scores")))
     at = "new" if not sum(steps.values()) else f"taken up at update {steps['pretrain']} + {steps['train']}"
     print(f"{run.dir}: {at}, of {c.pretrain_steps} + {c.train_steps}, on {run.agent.device}", flush=True)
     if c.train_steps and a.warmup_steps >= c.train_steps:

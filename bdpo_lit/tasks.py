@@ -79,7 +79,7 @@ def no_task(name: str,             # what was asked for
 # %% ../nbs/14b_tasks.ipynb #00ba4f23
 def env_maker(env: str,                          # Gymnasium's id, "module:id", or an `EnvSpec` as JSON
               from_file: bool = False,           # a file says so, not you: of modules, import this book's only
-             ) -> Callable[..., gym.Env]:        # builds one; takes render_mode
+             ) -> Callable[..., gym.Env]:        # builds one; takes render_mode, and has a `spec`
     "A function that builds this environment; it is tried once. Raises `RunError` if there is no such environment."
     what, module = (_known_spec(env), "") if env.startswith("{") else (env, env.rpartition(":")[0])
     if from_file and module and not module.startswith("bdpo_lit."):
@@ -89,7 +89,10 @@ def env_maker(env: str,                          # Gymnasium's id, "module:id", 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")      # "v4 is out of date": that is why we want it
             return gym.make(what, render_mode=render_mode, disable_env_checker=True)
-    try: build().close()
+    try:
+        tried = build()
+        build.spec = tried.spec
+        tried.close()
     except Exception as e:
         name = getattr(what, "id", what)
         why = f"{type(e).__name__}: {e}".splitlines()[0]
@@ -150,7 +153,7 @@ def judge_run(run_dir: str | Path,             # directory of a run
         numbers = {"return": played.returns} | ({} if played.success is None else {"success": played.success})
         if None not in refs: numbers["score"] = normalized_score(played.returns, *refs)
         results[which] = dict(step=step, returns=played.returns.tolist()) | {k: _spread(x) for k, x in numbers.items()}
-    return dict(env=env or noted, env_id=make_env().spec.id, episodes=episodes, seed=seed, how=how, num_actions=M,
+    return dict(env=env or noted, env_id=make_env.spec.id, episodes=episodes, seed=seed, how=how, num_actions=M,
                 ref_min_score=refs[0], ref_max_score=refs[1], **results)
 
 def _spread(x: np.ndarray) -> dict[str, float]:

@@ -130,7 +130,8 @@ def test_data_scores_and_environment_of_a_task(name):
     assert task.data in D4RL_TASKS and len(reference_scores(task.data)) == 2
     assert task.reward == ("antmaze" if name.startswith("antmaze") else "locomotion")
     assert task.env == D4RL_TASKS[name].env_id or name.startswith("antmaze"), "the same with and without a preset"
-    env = env_maker(task.env)()
+    env = (build := env_maker(task.env))()
+    assert build.spec.id == env.spec.id
     sizes = dict(halfcheetah=(17, 6), hopper=(11, 3), walker2d=(17, 6), antmaze=(29, 8))[name.split("-")[0]]
     assert (env.observation_space.shape[0], env.action_space.shape[0]) == sizes
     assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
