@@ -103,7 +103,7 @@ class Train:
     env: str | None = None                # where to play: Gymnasium's id, package:id or none; default: task's or data's
     seed: int | None = None               # of everything; short for --train.seed
     run_dir: Path | None = None           # where to keep the run; default runs/NAME-SEED
-    reward: Literal["none", "locomotion", "antmaze"] | None = None  # x 1, x 1000 / range, x 100; default: task's
+    reward: Literal["none", "locomotion", "antmaze"] | None = None  # x 1, x 1000 / range, x 100; default: task's or none
     threads: int | None = None            # of torch on the CPU; default: torch decides
     max_episode_steps: int | None = None  # time limit, for an HDF5 file without time-outs; default: the environment's
     download: bool = False                # fetch a Minari data set that is not on disk
@@ -134,11 +134,11 @@ def open_run(command: Train):  # with `train` and `algorithm`
     "Load the data, scale the rewards, find the environment; the `Training`, ready to run."
     import minari
     from bdpo_lit.data import D4RL_TASKS, reference_scores, scale_reward
-    from bdpo_lit.tasks import env_maker, recorded_env
+    from bdpo_lit.tasks import d4rl_task, env_maker, recorded_env
     from bdpo_lit.training import RunError, Training
     c, config = command, command.train if command.seed is None else replace(command.train, seed=command.seed)
     if not c.task and not c.data: raise RunError("what shall be learnt? Give --task NAME or --data PATH_OR_ID")
-    task = find_task(c.task) if c.task else None
+    task = find_task(c.task) if c.task else d4rl_task(c.data) if c.data in D4RL_TASKS else None
     source, env = c.data or task.data, c.env or (task.env if task else None)
     is_file, asks = source.endswith((".hdf5", ".h5")), env != "none"
     make_env = env_maker(env) if env and asks else None
@@ -148,9 +148,9 @@ def open_run(command: Train):  # with `train` and `algorithm`
     if c.task in EMBEDDED and not c.data and not minari.storage.get_dataset_path(source).exists():
         _collect(c.task.removesuffix("-long"))
     data = _load(source, limit, c.download, c.clip_outside, **meta)
-    if not env: env = data.meta["env_id"] if is_file or source in D4RL_TASKS else recorded_env(source)
+    if not env and not is_file: env = recorded_env(source)
     if asks and env and make_env is None: make_env = env_maker(env, from_file=True)
-    reward = c.reward or (task.reward if task else "locomotion")
+    reward = c.reward or (task.reward if task else "none")
     data = scale_reward(data, reward)
     about = dict(task=c.task, data=source, env=env if asks else None, reward=reward)
     name = c.task or (Path(source).stem if is_file else source.replace("/", "-"))

@@ -207,7 +207,7 @@ def test_a_minari_set_with_dict_observations_knows_its_environment(bdpo, home):
         warnings.simplefilter("ignore")
         minari.create_dataset_from_buffers("mine/goals-v0", episodes(env, 400), env=env, algorithm_name="random")
     assert "obs_dim  8" in bdpo("describe mine/goals-v0")
-    said = bdpo("train --data mine/goals-v0 --reward none --train.normalize-obs", TINY)
+    said = bdpo("train --data mine/goals-v0 --train.normalize-obs", TINY)
     assert "played in PointMaze_UMaze-v3" in said and "runs/mine-goals-v0-0" in said
     scaling = load_checkpoint(home / "runs" / "mine-goals-v0-0")["agent"]["scaling"]
     assert scaling["obs_std"].min() > 0 and not torch.equal(scaling["obs_std"], torch.ones(8).double())
@@ -250,7 +250,8 @@ def test_d4rl_task_with_its_file_in_place(bdpo, home):
     bdpo("describe hopper-medium-v2 --out hopper.png")
     said = bdpo("train --data hopper-medium-v2", TINY, "--run-dir plain")   # without the paper's settings
     assert "played in Hopper-v4" in said and "score: last" in said
-    assert json.loads((home / "plain" / "config.json").read_text())["algorithm"]["eta"] == 0.15
+    plain = json.loads((home / "plain" / "config.json").read_text())
+    assert plain["algorithm"]["eta"] == 0.15 and plain["about"]["reward"] == "locomotion"
     if os.environ.get("MUJOCO_GL") == "egl":   # else MuJoCo may not be able to draw here
         assert "video: film/hopper.gif" in bdpo("evaluate runs/hopper-medium-v2-0 --episodes 1 --video film/hopper.gif")
         assert Image.open(home / "film" / "hopper.gif").n_frames > 1
@@ -260,6 +261,7 @@ def test_d4rl_files_with_and_without_timeouts(bdpo, home):
     d4rl_file(home / "with.hdf5")
     d4rl_file(home / "without.hdf5", timeouts=False)
     said = bdpo("train --data with.hdf5", TINY)
+    assert "rewards x 1;" in said, "its unit is not known"
     assert "no environment: give --env to see scores" in said and not (home / "runs/with-0/best.pt").exists()
     assert "does not say where its policies play; give an environment" in bdpo("evaluate runs/with-0", status=1)
     said = bdpo("evaluate runs/with-0 --env Hopper-v5 --episodes 1")
