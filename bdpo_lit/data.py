@@ -201,7 +201,7 @@ def _open_minari(dataset_id: str, download: bool) -> minari.MinariDataset:
         raise DataError(f"data set '{dataset_id}' not found: there is no {folder}\n"
                         + (f"  did you mean: {', '.join(near)}\n" if near else "")
                         + f"  local data sets: {', '.join(local) or 'none'}\n"
-                        + ("  bdpo_lit.maze.collect_maze() makes this book's own data" if dataset_id.startswith("bdpo/")
+                        + ("  bdpo collect maze|halfcheetah makes this book's own data" if dataset_id.startswith("bdpo/")
                            else "  download=True fetches a set that Minari hosts")) from None
     except ImportError as e:
         raise DataError(f"data set '{dataset_id}' is not in {folder}, and downloading needs one more package: "
