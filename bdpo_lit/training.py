@@ -300,6 +300,7 @@ class Training:
         if scaling is not None: self.agent.set_scaling(**vars(scaling))
         self.bounds = attainable(data, self.algorithm.gamma)      # of every value
         order, self.play_seed = np.random.SeedSequence(config.seed).generate_state(2).tolist()
+        self.start_seed = int(np.random.SeedSequence([config.seed, 1]).generate_state(1)[0])  # of evaluations
         self.order = torch.Generator(device).manual_seed(order)  # draws the batches
         self.steps = {"pretrain": 0, "train": 0}
         self.sums, self.evaluations, self.warnings = {}, [], []  # of metrics since the last row; all so far
@@ -383,7 +384,7 @@ def evaluate(self: Training,
     if self.make_env is None: raise RunError("there is no environment to evaluate in; give make_env")
     c, meta = self.config, self.data.meta
     policy = self.agent.policy(c.how, c.num_actions, seed=self.play_seed)
-    played = play_episodes(policy, self.make_env, episodes or c.eval_episodes, seed=c.seed)
+    played = play_episodes(policy, self.make_env, episodes or c.eval_episodes, seed=self.start_seed)
     result = dict(step=self.steps["train"], episodes=len(played))
     result |= {"return": float(played.returns.mean()), "std": float(played.returns.std())}
     if played.success is not None: result["success"] = played.success_rate
