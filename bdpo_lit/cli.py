@@ -217,9 +217,10 @@ def evaluate_run(command: Evaluate):
     print(f"{c.run}: {result['episodes']} episodes in {result['env_id']} from seed {result['seed']}, {M} per decision")
     names = [k for k in ("score", "return", "success") if k in result["last"]]
     print(f"{'policy':>8s} {'update':>9s} " + " ".join(f"{n:>9s} {'95% interval':>20s}" for n in names))
+    between = lambda low, high, **_: "unknown" if low is None else f"{low:.2f} to {high:.2f}"
     for which in ("last", "best"):
         if not (r := result[which]): print("    best: none, for training was not evaluated"); continue
-        cell = lambda n: f"{r[n]['mean']:9.2f} " + f"{r[n]['low']:.2f} to {r[n]['high']:.2f}".rjust(20)
+        cell = lambda n: f"{r[n]['mean']:9.2f} {between(**r[n]):>20s}"
         print(f"{which:>8s} {r['step']:9d} " + " ".join(cell(n) for n in names))
     file = append_json(c.run / "evaluation.json", result | dict(provenance=provenance()))
     print(f"noted in {file}")

@@ -156,9 +156,9 @@ def judge_run(run_dir: str | Path,             # directory of a run
     return dict(env=env or noted, env_id=make_env.spec.id, episodes=episodes, seed=seed, how=how, num_actions=M,
                 ref_min_score=refs[0], ref_max_score=refs[1], **results)
 
-def _spread(x: np.ndarray) -> dict[str, float]:
-    "Mean, standard deviation, and the 95 % interval of the mean."
-    low, high = bootstrap_interval(x)
+def _spread(x: np.ndarray) -> dict[str, float | None]:
+    "Mean, standard deviation, and the 95 % interval of the mean (None for one episode)."
+    low, high = bootstrap_interval(x) if len(x) > 1 else (None, None)
     return dict(mean=float(x.mean()), std=float(x.std()), low=low, high=high)
 
 def _check_sizes(make_env: Callable, agent: BDPO, run_dir: str | Path):
