@@ -189,6 +189,14 @@ def test_curves_of_seeds_are_their_mean_and_range(bdpo, home):
     low, high = (f(band.get_paths()[0].vertices[:, 1]) for f in (np.min, np.max))
     assert (low, high) == (min(a.min(), b.min()), max(a.max(), b.max()))
     assert score.get_title() == "score" and len(loss.lines) == len(price.lines) == 2
+    # a run of an older release, without one of the settings, and without a curve in the first panel
+    config = json.loads((runs[2] / "config.json").read_text())
+    del config["train"]["normalize_obs"]
+    (runs[2] / "config.json").write_text(json.dumps(config))
+    lines = (runs[2] / "metrics.csv").read_text().splitlines(keepends=True)
+    (runs[2] / "metrics.csv").write_text("".join(line for line in lines if ",pretrain," not in line))
+    names = [text.get_text() for text in draw_runs(runs).legends[0].get_texts()]
+    assert names == ["maze, normalize_obs False, eta 0.1 (2 runs)", "maze, normalize_obs unknown, eta 0.5"]
 
 
 def test_half_a_cheetah(bdpo, home):
