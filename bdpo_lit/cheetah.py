@@ -27,7 +27,7 @@ from .bdpo import BDPO, BDPOConfig, cosine_rate
 from .behavior import GaussianPolicy
 from .data import DataError, Scaling, Transitions, episode_returns, load_minari, reference_scores, scale_reward
 from .data import summary
-from .evaluation import evaluate, vectorize
+from .evaluation import evaluate
 from .maze import find_or_make, permalink
 from .networks import EnsembleMLP, QNet, ema_update
 from .style import provenance
@@ -259,22 +259,24 @@ def compare(seed: int = 0,                      # of weights, noise and data ord
     run_dir, seconds = Path(run_dir or f"runs/halfcheetah-{seed}"), {}
     collect_cheetah(num_steps, dataset_id=dataset_id, iterations=iterations)
     raw = load_minari(dataset_id)
-    data, envs = scale_reward(raw, plan.reward), vectorize(make_cheetah_env, min(episodes, 20))
+    data = scale_reward(raw, plan.reward)
     def timed(name, f):
         start = time.process_time()
         out = f()
         seconds[name] = round(time.process_time() - start)
         return out
-    training = Training(data, replace(plan.train, seed=seed, device="cpu"), plan.algorithm, envs, run_dir, resume=True)
+    training = Training(data, replace(plan.train, seed=seed, device="cpu"), plan.algorithm, make_cheetah_env, run_dir,
+                        resume=True)
+    fresh = sum(training.steps.values()) == 0
     timed("BDPO", lambda: watch(training))
+    if not fresh: seconds["BDPO"] = None   # of a run taken up again we know a part only
     if not training.finished: raise RunError(f"stopped; {run_dir} keeps the run, and the same call goes on with it")
     mean, sample = timed("Gaussian clone", lambda: iql(data, baseline_steps, beta=0, seed=seed))
     baselines = {"Gaussian clone, mean action": mean, "Gaussian clone, one sample": sample,
                  "IQL": timed("IQL", lambda: iql(data, baseline_steps, seed=seed))[0]}
     field = players(training.agent, load_agent(run_dir / "best.pt", "cpu"), baselines)
-    returns = {name: evaluate(play, envs, episodes, seed=1000).returns.tolist()
+    returns = {name: evaluate(play, make_cheetah_env, episodes, seed=1000).returns.tolist()
                for name, play in tqdm(field.items(), desc="playing", unit="policy")}
-    envs.close()
     result = dict(seed=seed, provenance=provenance() | dict(command=f"bdpo_lit.cheetah.compare({seed})"),
                   cpu_seconds=seconds, returns=returns,
                   config=dict(train=asdict(training.config), algorithm=asdict(training.algorithm)),

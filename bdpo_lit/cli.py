@@ -103,7 +103,7 @@ class Train:
     env: str | None = None                # where to play: Gymnasium's id, package:id or none; default: task's or data's
     seed: int | None = None               # of everything; short for --train.seed
     run_dir: Path | None = None           # where to keep the run; default runs/NAME-SEED
-    reward: Literal["none", "locomotion", "antmaze"] | None = None  # x 1, x 1000 / range, x 100; default: task's
+    reward: Literal["none", "locomotion", "antmaze"] | None = None  # x 1, x 1000 / range, x 100; default: task's or none
     threads: int | None = None            # of torch on the CPU; default: torch decides
     max_episode_steps: int | None = None  # time limit, for an HDF5 file without time-outs; default: the environment's
     download: bool = False                # fetch a Minari data set that is not on disk
@@ -134,23 +134,23 @@ def open_run(command: Train):  # with `train` and `algorithm`
     "Load the data, scale the rewards, find the environment; the `Training`, ready to run."
     import minari
     from bdpo_lit.data import D4RL_TASKS, reference_scores, scale_reward
-    from bdpo_lit.tasks import env_maker, recorded_env
+    from bdpo_lit.tasks import d4rl_task, env_maker, recorded_env
     from bdpo_lit.training import RunError, Training
     c, config = command, command.train if command.seed is None else replace(command.train, seed=command.seed)
     if not c.task and not c.data: raise RunError("what shall be learnt? Give --task NAME or --data PATH_OR_ID")
-    task = find_task(c.task) if c.task else None
+    task = find_task(c.task) if c.task else d4rl_task(c.data) if c.data in D4RL_TASKS else None
     source, env = c.data or task.data, c.env or (task.env if task else None)
     is_file, asks = source.endswith((".hdf5", ".h5")), env != "none"
     make_env = env_maker(env) if env and asks else None
     known, limit, meta = D4RL_TASKS.get(task.data) if task else None, c.max_episode_steps, {}
     if known: meta = dict(zip(("ref_min_score", "ref_max_score"), reference_scores(task.data)), id=task.data)
-    if limit is None: limit = known.max_episode_steps if known else make_env and make_env().spec.max_episode_steps
+    if limit is None: limit = known.max_episode_steps if known else make_env and make_env.spec.max_episode_steps
     if c.task in EMBEDDED and not c.data and not minari.storage.get_dataset_path(source).exists():
         _collect(c.task.removesuffix("-long"))
     data = _load(source, limit, c.download, c.clip_outside, **meta)
-    if not env: env = data.meta["env_id"] if is_file or source in D4RL_TASKS else recorded_env(source)
-    if asks and env and make_env is None: make_env = env_maker(env)
-    reward = c.reward or (task.reward if task else "locomotion")
+    if not env and not is_file: env = recorded_env(source)
+    if asks and env and make_env is None: make_env = env_maker(env, from_file=True)
+    reward = c.reward or (task.reward if task else "none")
     data = scale_reward(data, reward)
     about = dict(task=c.task, data=source, env=env if asks else None, reward=reward)
     name = c.task or (Path(source).stem if is_file else source.replace("/", "-"))
@@ -165,7 +165,7 @@ def train(command: Train):
     run = open_run(command)
     d, steps, c, a = run.data, run.steps, run.config, run.algorithm
     print(f"{len(d)} transitions of {d.meta['id']}, rewards x {d.meta['reward_scale']:.4g}; "
-          + ("played in " + (run.make_env().spec.id if run.make_env else "no environment: give --env to see scores")))
+          + ("played in " + (run.make_env.spec.id if run.make_env else "no environment: give --env to see scores")))
     at = "new" if not sum(steps.values()) else f"taken up at update {steps['pretrain']} + {steps['train']}"
     print(f"{run.dir}: {at}, of {c.pretrain_steps} + {c.train_steps}, on {run.agent.device}", flush=True)
     if c.train_steps and a.warmup_steps >= c.train_steps:
@@ -217,9 +217,10 @@ def evaluate_run(command: Evaluate):
     print(f"{c.run}: {result['episodes']} episodes in {result['env_id']} from seed {result['seed']}, {M} per decision")
     names = [k for k in ("score", "return", "success") if k in result["last"]]
     print(f"{'policy':>8s} {'update':>9s} " + " ".join(f"{n:>9s} {'95% interval':>20s}" for n in names))
+    between = lambda low, high, **_: "unknown" if low is None else f"{low:.2f} to {high:.2f}"
     for which in ("last", "best"):
         if not (r := result[which]): print("    best: none, for training was not evaluated"); continue
-        cell = lambda n: f"{r[n]['mean']:9.2f} " + f"{r[n]['low']:.2f} to {r[n]['high']:.2f}".rjust(20)
+        cell = lambda n: f"{r[n]['mean']:9.2f} {between(**r[n]):>20s}"
         print(f"{which:>8s} {r['step']:9d} " + " ".join(cell(n) for n in names))
     file = append_json(c.run / "evaluation.json", result | dict(provenance=provenance()))
     print(f"noted in {file}")

@@ -10,12 +10,15 @@ __all__ = ['ACTION_MARGIN', 'D4RL_URL', 'D4RL_TASKS', 'D4RL_REFERENCES', 'STD_FL
 
 # %% ../nbs/12_data.ipynb #12-003
 import difflib
+import fcntl
 import hashlib
 import os
 import re
 import urllib.error
 import urllib.request
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -201,7 +204,7 @@ def _open_minari(dataset_id: str, download: bool) -> minari.MinariDataset:
         raise DataError(f"data set '{dataset_id}' not found: there is no {folder}\n"
                         + (f"  did you mean: {', '.join(near)}\n" if near else "")
                         + f"  local data sets: {', '.join(local) or 'none'}\n"
-                        + ("  bdpo_lit.maze.collect_maze() makes this book's own data" if dataset_id.startswith("bdpo/")
+                        + ("  bdpo collect maze|halfcheetah makes this book's own data" if dataset_id.startswith("bdpo/")
                            else "  download=True fetches a set that Minari hosts")) from None
     except ImportError as e:
         raise DataError(f"data set '{dataset_id}' is not in {folder}, and downloading needs one more package: "
@@ -379,6 +382,15 @@ def d4rl_folder() -> Path:
     "Where the d4rl package keeps its files: `D4RL_DATASET_DIR`, or .d4rl/datasets in the home folder."
     return Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
 
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    "Hold a lock, which ends with this process at the latest; `DataError` if another one holds it."
+    with open(lock, "w") as f:
+        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: raise DataError(f"another process is fetching {lock.stem}; wait for it to end") from None
+        try: yield
+        finally: lock.unlink(missing_ok=True)
+
 def _download(url: str, part: Path, progress: bool, timeout: float):
     "Fetch url into part, going on where an earlier try stopped. `OSError` or `HTTPException` if bytes are missing."
     have = part.stat().st_size if part.exists() else 0
@@ -391,6 +403,9 @@ def _download(url: str, part: Path, progress: bool, timeout: float):
         return _download(url, part, progress, timeout)
     with response:
         start = have if response.status == 206 else 0                    # 206: the rest; 200: the whole
+        if start and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            part.unlink()                                                # another part than the one asked for
+            return _download(url, part, progress, timeout)
         length = response.headers.get("Content-Length")
         total = None if length is None else start + int(length)
         with open(part, "ab" if start else "wb") as f, tqdm(
@@ -445,23 +460,24 @@ def fetch_d4rl(task: str,                        # e.g. "hopper-medium-v2", a ke
     if not download: raise DataError(f"'{task}' is not on disk; pass download=True, or {by_hand}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        size = -1
-        while True:
-            try: _download(url, part, progress, timeout); break
-            except (OSError, HTTPException):
-                before, size = size, part.stat().st_size if part.exists() else 0
-                if size <= max(before, 0): raise                         # nothing new arrived: give up
+        with _alone(path.with_name(path.name + ".lock")):
+            size = -1
+            while True:
+                try: _download(url, part, progress, timeout); break
+                except (OSError, HTTPException):
+                    before, size = size, part.stat().st_size if part.exists() else 0
+                    if size <= max(before, 0): raise                     # nothing new arrived: give up
+            try:
+                _check_d4rl_file(part)
+                found = _verify(part, sha256)
+            except DataError as e:
+                part.unlink()
+                raise DataError(f"what {url} sent is not the file: {e}. Try again later, or {by_hand}") from None
+            _record(record, found, path)
+            part.replace(path)
     except (OSError, HTTPException) as e:
         raise DataError(f"'{task}' is not on disk and could not be downloaded ({type(e).__name__}: {e}). "
                         f"What arrived is kept: load again to go on, or {by_hand}") from None
-    try:
-        _check_d4rl_file(part)
-        found = _verify(part, sha256)
-    except DataError as e:
-        part.unlink()
-        raise DataError(f"what {url} sent is not the file: {e}. Try again later, or {by_hand}") from None
-    _record(record, found, path)
-    part.replace(path)
     return path
 
 def _record(record: Path, found: str, path: Path):

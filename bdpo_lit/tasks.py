@@ -21,6 +21,7 @@ from gymnasium.envs.mujoco import ant_v4
 from gymnasium.envs.registration import EnvSpec
 from gymnasium_robotics.envs.maze import maps
 from .bdpo import BDPO, BDPOConfig
+from .data import D4RL_TASKS
 from .evaluation import bootstrap_interval, evaluate, normalized_score
 import bdpo_lit.maze  # noqa: F401, it registers an environment
 from .training import RunError, TrainConfig, load_agent, load_checkpoint, read_config
@@ -39,8 +40,6 @@ class Task:
 _ETA_RHO = {  # Table 4: price per nat, pessimism
     "halfcheetah": (0.05, 0.5), "hopper": (0.2, 2.0), "walker2d": (0.15, 1.0),
     "antmaze-umaze": (0.5, 0.8), "antmaze-medium": (0.2, 0.8), "antmaze-large": (1.0, 0.8)}
-_ENVS = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4",
-         **{f"antmaze-{size}": f"bdpo_lit.tasks:bdpo/AntMaze-{size}-v0" for size in ("umaze", "medium", "large")}}
 
 def _d4rl(name: str) -> Task:
     "Tables 3 and 4 for one task."
@@ -53,7 +52,8 @@ def _d4rl(name: str) -> Task:
                             behavior_lr=1e-4)
     if name == "hopper-medium-v2": algorithm = replace(algorithm, num_critics=20)
     if name == "antmaze-umaze-diverse-v0": train = replace(train, how="sample", num_actions=1)
-    return Task(train, algorithm, "antmaze" if family.startswith("antmaze") else "locomotion", _ENVS[family], name)
+    if env := D4RL_TASKS[name].env_id: return Task(train, algorithm, "locomotion", env, name)
+    return Task(train, algorithm, "antmaze", f"bdpo_lit.tasks:bdpo/AntMaze-{family.removeprefix('antmaze-')}-v0", name)
 
 TASKS = {name: _d4rl(name) for name in (
     *(f"{body}-{data}-v2" for body in ("halfcheetah", "hopper", "walker2d")
@@ -78,14 +78,21 @@ def no_task(name: str,             # what was asked for
 
 # %% ../nbs/14b_tasks.ipynb #00ba4f23
 def env_maker(env: str,                          # Gymnasium's id, "module:id", or an `EnvSpec` as JSON
-             ) -> Callable[..., gym.Env]:        # builds one; takes render_mode
+              from_file: bool = False,           # a file says so, not you: of modules, import this book's only
+             ) -> Callable[..., gym.Env]:        # builds one; takes render_mode, and has a `spec`
     "A function that builds this environment; it is tried once. Raises `RunError` if there is no such environment."
-    what = _known_spec(env) if env.startswith("{") else env
+    what, module = (_known_spec(env), "") if env.startswith("{") else (env, env.rpartition(":")[0])
+    if from_file and module and not module.startswith("bdpo_lit."):
+        raise RunError(f"a file names the environment '{env}', whose use would import {module}; name it yourself "
+                       "if you trust it")
     def build(render_mode: str | None = None) -> gym.Env:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")      # "v4 is out of date": that is why we want it
             return gym.make(what, render_mode=render_mode, disable_env_checker=True)
-    try: build().close()
+    try:
+        tried = build()
+        build.spec = tried.spec
+        tried.close()
     except Exception as e:
         name = getattr(what, "id", what)
         why = f"{type(e).__name__}: {e}".splitlines()[0]
@@ -128,9 +135,11 @@ def judge_run(run_dir: str | Path,             # directory of a run
     "Play the last and the best policy of a run. Raises `RunError`."
     config = read_config(run_dir)
     about, train = config["about"], config["train"]
-    if not (env := env or about.get("env") or about.get("env_id")):
+    noted = about.get("env") or about.get("env_id")
+    if not (env or noted):
         raise RunError(f"{run_dir} does not say where its policies play; give an environment")
-    make_env, how, M = env_maker(env), how or train["how"], num_actions or train["num_actions"]
+    make_env, how = env_maker(env or noted, from_file=not env), how or train["how"]
+    M = 1 if how == "sample" else num_actions or train["num_actions"]   # one sample has no candidates
     refs = about.get("ref_min_score"), about.get("ref_max_score")
     results = {}
     for which in ("last", "best"):
@@ -144,12 +153,12 @@ def judge_run(run_dir: str | Path,             # directory of a run
         numbers = {"return": played.returns} | ({} if played.success is None else {"success": played.success})
         if None not in refs: numbers["score"] = normalized_score(played.returns, *refs)
         results[which] = dict(step=step, returns=played.returns.tolist()) | {k: _spread(x) for k, x in numbers.items()}
-    return dict(env=env, env_id=make_env().spec.id, episodes=episodes, seed=seed, how=how, num_actions=M,
+    return dict(env=env or noted, env_id=make_env.spec.id, episodes=episodes, seed=seed, how=how, num_actions=M,
                 ref_min_score=refs[0], ref_max_score=refs[1], **results)
 
-def _spread(x: np.ndarray) -> dict[str, float]:
-    "Mean, standard deviation, and the 95 % interval of the mean."
-    low, high = bootstrap_interval(x)
+def _spread(x: np.ndarray) -> dict[str, float | None]:
+    "Mean, standard deviation, and the 95 % interval of the mean (None for one episode)."
+    low, high = bootstrap_interval(x) if len(x) > 1 else (None, None)
     return dict(mean=float(x.mean()), std=float(x.std()), low=low, high=high)
 
 def _check_sizes(make_env: Callable, agent: BDPO, run_dir: str | Path):
@@ -186,9 +195,9 @@ class AntMaze(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         "Near the origin; the goal is drawn within its cell, for every episode."
         super().reset(seed=seed)
-        obs, _ = self.ant.reset(seed=seed)
         jitter = self.np_random.uniform(0, CELL / 4, 2) + self.np_random.uniform(0, CELL / 8, 2)
         self.goal = self.goal_cell + jitter
+        obs, _ = self.ant.reset(seed=int(self.np_random.integers(2**31)))   # not the seed of the goal
         return obs, {"success": False}
 
     def step(self, action):

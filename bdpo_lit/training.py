@@ -300,6 +300,7 @@ class Training:
         if scaling is not None: self.agent.set_scaling(**vars(scaling))
         self.bounds = attainable(data, self.algorithm.gamma)      # of every value
         order, self.play_seed = np.random.SeedSequence(config.seed).generate_state(2).tolist()
+        self.start_seed = int(np.random.SeedSequence([config.seed, 1]).generate_state(1)[0])  # of evaluations
         self.order = torch.Generator(device).manual_seed(order)  # draws the batches
         self.steps = {"pretrain": 0, "train": 0}
         self.sums, self.evaluations, self.warnings = {}, [], []  # of metrics since the last row; all so far
@@ -383,7 +384,7 @@ def evaluate(self: Training,
     if self.make_env is None: raise RunError("there is no environment to evaluate in; give make_env")
     c, meta = self.config, self.data.meta
     policy = self.agent.policy(c.how, c.num_actions, seed=self.play_seed)
-    played = play_episodes(policy, self.make_env, episodes or c.eval_episodes, seed=c.seed)
+    played = play_episodes(policy, self.make_env, episodes or c.eval_episodes, seed=self.start_seed)
     result = dict(step=self.steps["train"], episodes=len(played))
     result |= {"return": float(played.returns.mean()), "std": float(played.returns.std())}
     if played.success is not None: result["success"] = played.success_rate
@@ -601,9 +602,10 @@ def _grouped(run_dirs: Sequence[Path]) -> dict[str, list[Path]]:
         settings = {k: x for k, x in (c["train"] | c["algorithm"]).items() if k not in {"seed", *_MAY_CHANGE}}
         told.setdefault(name, {})[Path(d)] = settings | {"reward scale": c["about"].get("reward_scale")}
     for name, runs in told.items():
-        differ = [k for k in next(iter(runs.values())) if len({str(s[k]) for s in runs.values()}) > 1]
+        keys = dict.fromkeys(k for s in runs.values() for k in s)   # a run of another release may lack some
+        differ = [k for k in keys if len({str(s.get(k, "unknown")) for s in runs.values()}) > 1]
         for d, s in runs.items():
-            groups.setdefault(", ".join([name, *(f"{k} {s[k]}" for k in differ)]), []).append(d)
+            groups.setdefault(", ".join([name, *(f"{k} {s.get(k, 'unknown')}" for k in differ)]), []).append(d)
     return groups
 
 def draw_runs(run_dirs: Sequence[str | Path],  # directories of runs
@@ -625,6 +627,7 @@ def draw_runs(run_dirs: Sequence[str | Path],  # directories of runs
                     label=label + (f" ({len(runs)} runs)" if len(runs) > 1 else ""))
             if len(curves) > 1: ax.fill_between(steps, y.min(0), y.max(0), color=f"C{k}", alpha=0.2, lw=0)
     for ax, (name, phase) in zip(axes, panels): ax.set(title=name, xlabel=f"updates ({phase})")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    names = {name: line for ax in axes for line, name in zip(*ax.get_legend_handles_labels())}
+    fig.legend(names.values(), names.keys(), loc="outside lower center", ncols=2)
     plt.close(fig)                                   # a cell shows what it returns; not twice
     return fig

@@ -3,6 +3,8 @@
 import hashlib
 import re
 import socket
+import subprocess
+import sys
 import threading
 import warnings
 from dataclasses import replace
@@ -329,7 +331,7 @@ def test_unknown_id_lists_local_sets_and_close_matches():
 
 
 def test_the_books_own_data_are_collected_not_downloaded():
-    with pytest.raises(DataError, match="collect_maze"):
+    with pytest.raises(DataError, match=r"bdpo collect maze\|halfcheetah"):
         load_minari("bdpo/pointmaze-umaze-hidden-v0")
 
 
@@ -478,9 +480,9 @@ TASK = "hopper-medium-v2"
 class Server(ThreadingHTTPServer):
     "Serves one body under every path; `cuts` says after how many bytes each answer breaks off (None: not)."
 
-    def __init__(self, body, ranges=True, cuts=(), status=200, announced=None):
+    def __init__(self, body, ranges=True, cuts=(), status=200, announced=None, shift=0):
         self.body, self.ranges, self.cuts, self.status = body, ranges, list(cuts), status
-        self.announced, self.asked = announced, []
+        self.announced, self.asked, self.shift = announced, [], shift   # answers begin `shift` bytes late
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -502,6 +504,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes */{len(server.body)}")
             self.send_header("Content-Length", "0")
             return self.end_headers()
+        start += server.shift if start else 0
         body = server.body[start:]
         self.send_response(206 if start else server.status)
         if start:
@@ -588,6 +591,28 @@ def test_a_partial_file_of_an_earlier_run_is_completed(serve, fetch, root):
         path.unlink()
     assert [r for _, r in server.asked] == ["bytes=3000-", f"bytes={len(server.body)}-",
                                             f"bytes={len(server.body) + 8}-", None]
+
+
+def test_another_part_than_the_one_asked_for_is_not_appended(serve, fetch, root):
+    part = root / "cache" / "hopper_medium-v2.hdf5.part"
+    part.parent.mkdir()
+    server = serve(shift=7)
+    part.write_bytes(server.body[:100])
+    assert fetch(server).read_bytes() == server.body and [wanted for _, wanted in server.asked] == ["bytes=100-", None]
+
+
+def test_one_process_fetches_at_a_time(serve, fetch, root):
+    (root / "cache").mkdir()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    lock = root / "cache" / "hopper_medium-v2.hdf5.lock"
+    other = subprocess.Popen([sys.executable, "-c", code, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    server = serve()
+    with pytest.raises(DataError, match="another process is fetching hopper_medium-v2.hdf5"): fetch(server)
+    assert not server.asked
+    other.kill()
+    other.communicate()
+    assert fetch(server).read_bytes() == server.body and not lock.exists()
 
 
 def test_a_server_without_ranges_begins_again(serve, fetch):

@@ -129,7 +129,9 @@ def test_data_scores_and_environment_of_a_task(name):
     task = TASKS[name]
     assert task.data in D4RL_TASKS and len(reference_scores(task.data)) == 2
     assert task.reward == ("antmaze" if name.startswith("antmaze") else "locomotion")
-    env = env_maker(task.env)()
+    assert task.env == D4RL_TASKS[name].env_id or name.startswith("antmaze"), "the same with and without a preset"
+    env = (build := env_maker(task.env))()
+    assert build.spec.id == env.spec.id
     sizes = dict(halfcheetah=(17, 6), hopper=(11, 3), walker2d=(17, 6), antmaze=(29, 8))[name.split("-")[0]]
     assert (env.observation_space.shape[0], env.action_space.shape[0]) == sizes
     assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
@@ -167,8 +169,11 @@ def test_goals_lie_where_the_data_had_them(size, goal):
     i, j = cell(np.array(goal) + 0.1)
     assert env.walls[i][j] == 0
     first = env.goal
-    env.reset(seed=99)
-    assert np.array_equal(env.goal, first), "same seed, same episode"
+    again, _ = env.reset(seed=99)
+    assert np.array_equal(env.goal, first) and np.array_equal(obs, again), "same seed, same episode"
+    env.ant.reset(seed=99)
+    assert not np.array_equal(obs[:2], env.ant.data.qpos[:2]), "start and goal have random numbers of their own"
+    assert not np.array_equal(obs, env.reset()[0])
     env.close()
 
 
@@ -218,6 +223,16 @@ def test_environments_that_cannot_be(env, message):
     with pytest.raises(RunError, match=message): env_maker(env)
 
 
+def test_what_a_file_may_name(tmp_path, monkeypatch):
+    (tmp_path / "stranger.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = tmp_path / "run"
+    list(Training(pendulum(), PLAN, TINY, None, run, about=dict(env="stranger:Pendulum-v1")).run())
+    with pytest.raises(RunError, match="would import stranger; name it yourself"): judge_run(run, 1)
+    with pytest.raises(SystemExit, match="imported"): judge_run(run, 1, env="stranger:Pendulum-v1")
+    for env in ("Pendulum-v1", "bdpo_lit.maze:bdpo/PointMazeUMazeHidden-v0", HOPPER): env_maker(env, from_file=True)
+
+
 def test_specifications_with_known_wrappers():
     env = gym.wrappers.ClipReward(gym.make("Pendulum-v1", g=5.0), -0.5, 0.5)
     again = env_maker(env.spec.to_json())()
@@ -260,7 +275,7 @@ def test_judge_plays_last_and_best_as_they_are(tmp_path):
     assert result["last"]["return"]["low"] <= result["last"]["return"]["mean"] <= result["last"]["return"]["high"]
     assert judge_run(tmp_path, 3, 6)["last"] != result["last"]
     sampled = judge_run(tmp_path, 3, 5, how="sample", num_actions=7)
-    assert (sampled["how"], sampled["num_actions"]) == ("sample", 7) and sampled["last"] != result["last"]
+    assert (sampled["how"], sampled["num_actions"]) == ("sample", 1) and sampled["last"] != result["last"]
 
 
 def test_judge_without_a_best_or_without_a_place(tmp_path):

@@ -23,7 +23,7 @@ import bdpo_lit.demo
 import bdpo_lit.training as training
 from bdpo_lit.bdpo import BDPO, BDPOConfig
 from bdpo_lit.data import DataError, Transitions
-from bdpo_lit.evaluation import vectorize
+from bdpo_lit.evaluation import episode_seeds, vectorize
 from bdpo_lit.training import (
     METRICS,
     RunError,
@@ -249,6 +249,14 @@ def test_actor_starts_once_as_the_behaviour_policy(monkeypatch):
     monkeypatch.setattr(BDPO, "start_actor", lambda self: (calls.append(self.behavior.updates), real(self))[1])
     finish(env=None)
     assert calls == [PLAN.pretrain_steps]
+
+
+def test_no_run_is_evaluated_on_the_starts_that_later_judge_it(monkeypatch):
+    played, real = [], training.play_episodes
+    monkeypatch.setattr(training, "play_episodes", lambda *a, seed: (played.append(seed), real(*a, seed=seed))[1])
+    for seed in (0, 1, 1000): finish(seed=seed, eval_every=0)
+    assert len(set(played)) == 3
+    assert not set(episode_seeds(1000, 100)) & {start for seed in played for start in episode_seeds(seed, 10)}
 
 
 @pytest.mark.parametrize("make_env, how", [(Walk, "best"), (vectorize(Walk, 2), "sample"), (Walk, "softmax")])
