@@ -99,7 +99,7 @@ def find_task(name: str):  # of a preset
 class Train:
     "Train BDPO on a data set. The same command again goes on with an interrupted run."
     task: str | None = None               # preset: one of D4RL's (hopper-medium-v2, ...), maze, maze-long, halfcheetah
-    data: str | None = None               # HDF5 file in D4RL's layout, or id of a Minari data set; default: the task's
+    data: str | None = None               # HDF5 file in D4RL's layout, Minari's id, or D4RL's name; default: the task's
     env: str | None = None                # where to play: Gymnasium's id, package:id or none; default: task's or data's
     seed: int | None = None               # of everything; short for --train.seed
     run_dir: Path | None = None           # where to keep the run; default runs/NAME-SEED
@@ -134,7 +134,7 @@ def open_run(command: Train):  # with `train` and `algorithm`
     "Load the data, scale the rewards, find the environment; the `Training`, ready to run."
     import minari
     from bdpo_lit.data import D4RL_TASKS, reference_scores, scale_reward
-    from bdpo_lit.tasks import env_maker, recorded_env
+    from bdpo_lit.tasks import d4rl_task, env_maker, recorded_env
     from bdpo_lit.training import RunError, Training
     c, config = command, command.train if command.seed is None else replace(command.train, seed=command.seed)
     if not c.task and not c.data: raise RunError("what shall be learnt? Give --task NAME or --data PATH_OR_ID")
@@ -148,7 +148,8 @@ def open_run(command: Train):  # with `train` and `algorithm`
     if c.task in EMBEDDED and not c.data and not minari.storage.get_dataset_path(source).exists():
         _collect(c.task.removesuffix("-long"))
     data = _load(source, limit, c.download, c.clip_outside, **meta)
-    if not env: env = data.meta["env_id"] if is_file or source in D4RL_TASKS else recorded_env(source)
+    if not env and source in D4RL_TASKS: env = d4rl_task(source).env
+    elif not env: env = data.meta["env_id"] if is_file else recorded_env(source)
     if asks and env and make_env is None: make_env = env_maker(env)
     reward = c.reward or (task.reward if task else "locomotion")
     data = scale_reward(data, reward)
