@@ -99,7 +99,7 @@ def find_task(name: str):  # of a preset
 class Train:
     "Train BDPO on a data set. The same command again goes on with an interrupted run."
     task: str | None = None               # preset: one of D4RL's (hopper-medium-v2, ...), maze, maze-long, halfcheetah
-    data: str | None = None               # HDF5 file in D4RL's layout, or id of a Minari data set; default: the task's
+    data: str | None = None               # HDF5 file in D4RL's layout, Minari's id, or D4RL's name; default: the task's
     env: str | None = None                # where to play: Gymnasium's id, package:id or none; default: task's or data's
     seed: int | None = None               # of everything; short for --train.seed
     run_dir: Path | None = None           # where to keep the run; default runs/NAME-SEED

@@ -331,7 +331,7 @@ def load_hdf5(path: str | Path,                     # file in the D4RL layout
 class D4RLTask(NamedTuple):
     "What is known of a task of D4RL beside its data."
     file: str                      # where the data lie, below `D4RL_URL`
-    env_id: str | None             # the nearest environment of Gymnasium; None: none is near
+    env_id: str | None             # the nearest environment of Gymnasium; None: it has none
     max_episode_steps: int | None  # to count to if the file lacks time-outs; None: there, counting would be wrong
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"

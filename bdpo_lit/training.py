@@ -73,7 +73,7 @@ METRICS = {  # name: (what, equation, healthy)
                       "falls fast from 1, then flattens well above 0: noise cannot be predicted exactly"),
     "q/loss": ("squared error of Q", "Eq. (19)", "grows with the values, but slower than their square"),
     "q/mean": ("mean of Q on the data", "Eq. (13)",
-               "moves, then settles; never above the largest reward / (1 - gamma)"),
+               "moves, then settles; never above the bound of the next section"),
     "q/std": ("disagreement of the K members of Q", "Eq. (18)",
               "small against the values; growth is a bad sign, no growth is not a good one"),
     "q/penalty": ("price of a whole path at the next state, nats", "Eq. (11)",

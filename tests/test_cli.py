@@ -17,13 +17,14 @@ import minari
 import numpy as np
 import pytest
 import torch
+import tyro
 from minari.data_collector import EpisodeBuffer
 from PIL import Image
 from test_training import assert_same_run
 
 import bdpo_lit.cli as cli
 from bdpo_lit.cheetah import CHEETAH_ID, collect_cheetah
-from bdpo_lit.data import d4rl_folder
+from bdpo_lit.data import D4RL_TASKS, d4rl_folder
 from bdpo_lit.training import load_checkpoint
 
 TINY = ("--train.pretrain-steps 30 --train.train-steps 40 --train.log-every 10 --train.save-every 8 "
@@ -264,6 +265,19 @@ def test_d4rl_task_with_its_file_in_place(bdpo, home):
     if os.environ.get("MUJOCO_GL") == "egl":   # else MuJoCo may not be able to draw here
         assert "video: film/hopper.gif" in bdpo("evaluate runs/hopper-medium-v2-0 --episodes 1 --video film/hopper.gif")
         assert Image.open(home / "film" / "hopper.gif").n_frames > 1
+
+
+def test_d4rl_ant_by_name_plays_in_the_maze_of_its_task(bdpo, home):
+    path, rng, n = d4rl_folder() / D4RL_TASKS["antmaze-umaze-v2"].file.split("/")[-1], np.random.default_rng(0), 200
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as f:
+        f["observations"] = rng.normal(size=(n, 29)).astype(np.float32)
+        f["actions"] = rng.uniform(-1, 1, (n, 8)).astype(np.float32)
+        f["rewards"], f["terminals"] = (np.arange(n) % 50 == 30).astype(np.float32), np.arange(n) % 50 == 30
+        f["timeouts"] = np.arange(n) % 50 == 49
+    words = "--data antmaze-umaze-v2 --reward antmaze --run-dir ant".split()
+    run = cli.open_run(tyro.cli(cli._train_command(words), args=words))
+    assert run.make_env().spec.id == "bdpo/AntMaze-umaze-v0" and len(run.data) == 196
 
 
 def test_d4rl_files_with_and_without_timeouts(bdpo, home):
