@@ -103,7 +103,7 @@ class Train:
     env: str | None = None                # where to play: Gymnasium's id, package:id or none; default: task's or data's
     seed: int | None = None               # of everything; short for --train.seed
     run_dir: Path | None = None           # where to keep the run; default runs/NAME-SEED
-    reward: Literal["none", "locomotion", "antmaze"] | None = None  # x 1, x 1000 / range, x 100; default: task's or none
+    reward: Literal["none", "locomotion", "antmaze"] | None = None  # x 1, 1000 / range, 100; default: task's or none
     threads: int | None = None            # of torch on the CPU; default: torch decides
     max_episode_steps: int | None = None  # time limit, for an HDF5 file without time-outs; default: the environment's
     download: bool = False                # fetch a Minari data set that is not on disk

@@ -204,7 +204,7 @@ def _open_minari(dataset_id: str, download: bool) -> minari.MinariDataset:
         raise DataError(f"data set '{dataset_id}' not found: there is no {folder}\n"
                         + (f"  did you mean: {', '.join(near)}\n" if near else "")
                         + f"  local data sets: {', '.join(local) or 'none'}\n"
-                        + ("  bdpo collect maze|halfcheetah makes this book's own data" if dataset_id.startswith("bdpo/")
+                        + ("  bdpo collect maze|halfcheetah makes the book's own data" if dataset_id.startswith("bdpo/")
                            else "  download=True fetches a set that Minari hosts")) from None
     except ImportError as e:
         raise DataError(f"data set '{dataset_id}' is not in {folder}, and downloading needs one more package: "
@@ -387,7 +387,8 @@ def _alone(lock: Path) -> Iterator[None]:
     "Hold a lock, which ends with this process at the latest; `DataError` if another one holds it."
     with open(lock, "w") as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise DataError(f"another process is fetching {lock.stem}; wait for it to end") from None
+        except BlockingIOError:
+            raise DataError(f"another process is fetching {lock.stem}; wait for it to end") from None
         try: yield
         finally: lock.unlink(missing_ok=True)
 
