@@ -275,9 +275,10 @@ def test_d4rl_ant_by_name_plays_in_the_maze_of_its_task(bdpo, home):
         f["actions"] = rng.uniform(-1, 1, (n, 8)).astype(np.float32)
         f["rewards"], f["terminals"] = (np.arange(n) % 50 == 30).astype(np.float32), np.arange(n) % 50 == 30
         f["timeouts"] = np.arange(n) % 50 == 49
-    words = "--data antmaze-umaze-v2 --reward antmaze --run-dir ant".split()
+    words = ["--data", "antmaze-umaze-v2", "--run-dir", "ant", *TINY]
     run = cli.open_run(tyro.cli(cli._train_command(words), args=words))
-    assert run.make_env().spec.id == "bdpo/AntMaze-umaze-v0" and len(run.data) == 196
+    assert run.make_env().spec.id == "bdpo/AntMaze-umaze-v0" and run.data.meta["reward_scale"] == 100.0
+    assert len(run.data) == 196
 
 
 def test_d4rl_files_with_and_without_timeouts(bdpo, home):

@@ -168,8 +168,8 @@ def test_members_that_agree_exactly_give_finite_gradients(rho):
 
 def test_runs_are_repeatable_and_the_agent_is_left_alone_by_the_others(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", TINY)
-    a, arrays = run_toy("moons", 0.1, 1, "tiny", compare=True, num=600, progress=False)
-    b, again = run_toy("moons", 0.1, 1, "tiny", num=600, progress=False)
+    a, arrays = run_toy("moons", 0.1, 1, "tiny", compare=True, num=1000, progress=False)
+    b, again = run_toy("moons", 0.1, 1, "tiny", num=1000, progress=False)
     assert a["closeness"]["BDPO"] == b["closeness"]["BDPO"] and a["value"] == b["value"]
     assert np.array_equal(arrays["landscape"], again["landscape"])
     assert set(a["closeness"]) - set(b["closeness"]) == {"DAC style", "contrastive energy", "chain", "exact guidance"}
