@@ -224,7 +224,7 @@ def iql(data: Transitions,        # the data set, rewards scaled
 
 # %% ../nbs/15b_halfcheetah.ipynb #15b-031
 PRESET = Task(
-    TrainConfig(pretrain_steps=3000, train_steps=6000, batch_size=256, log_every=250, eval_every=1500, eval_episodes=5,
+    TrainConfig(pretrain_steps=3000, train_steps=9000, batch_size=256, log_every=250, eval_every=1500, eval_episodes=5,
                 save_every=1500, normalize_obs=True),
     BDPOConfig(eta=0.15, rho=1.0, gamma=0.97, num_critics=2, num_samples=1, q_layer_norm=True,
                actor_hidden=(128,) * 3, critic_hidden=(128,) * 2, time_dim=16,
