@@ -23,9 +23,10 @@ def actor_loss(actor: NoiseNet, behavior: NoiseNet,  # who learns, and against w
                noise: Float[Tensor, "B M A"],        # of the M samples of a^{n-1}
                sched: Schedule, eta: float, rho: float,  # schedule, regularisation, pessimism
                clip: float | None = 1.0,             # bound of the actions
+               fixed: bool = False,                  # as `lower_values`
               ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     "Minus the objective of Eq. (16), averaged over the batch, and the mean price l_n of the actor's steps."
-    value, penalty = step_value(actor, behavior, q, v, obs, x, n, noise, sched, eta, rho, clip)
+    value, penalty = step_value(actor, behavior, q, v, obs, x, n, noise, sched, eta, rho, clip, fixed)
     return -value.mean(), penalty.detach().mean()
 
 # %% ../nbs/09_actor.ipynb #09-024

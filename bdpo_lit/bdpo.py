@@ -92,13 +92,21 @@ class Learner:
 
     def step(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
         "One update of the network and of its copy; returns the gradient norm before clipping."
+        self.schedule()
+        return self.descend(loss)
+
+    def schedule(self):
+        "Set the learning rate of the next update, and count it."
         self.optimizer.param_groups[0]["lr"] = self.lr * cosine_rate(self.updates, self.decay_steps)
+        self.updates += 1
+
+    def descend(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        "The update itself, at the rate that is set: nothing in it depends on Python's numbers."
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.clip_grad_norm)
         self.optimizer.step()
         ema_update(self.target, self.net, self.ema)
-        self.updates += 1
         return norm
 
     def state_dict(self) -> dict:
@@ -121,6 +129,7 @@ class BDPO:
                  seed: int = 0):                  # of the weights and of every random draw
         c = self.config = config
         self.obs_dim, self.action_dim, self.device = obs_dim, action_dim, torch.device(device)
+        self.fixed = False                               # as `lower_values`
         self.sched = vp_schedule(c.num_steps).to(self.device)
         weights, draws = np.random.SeedSequence(seed).generate_state(2).tolist()  # equal seeds give equal streams
         self.generator = torch.Generator(self.device).manual_seed(draws)
@@ -148,17 +157,26 @@ class BDPO:
         "n ~ U[1, N], one for each row."
         return torch.randint(1, self.config.num_steps + 1, (batch_size,), generator=self.generator, device=self.device)
 
-    def _noised(self, action):
-        "n ~ U[1, N] and a^n ~ q(.|a)."
-        n = self._steps(len(action))
-        return n, forward_sample(action, n, self._normal(*action.shape), self.sched)
+# %% ../nbs/10_bdpo.ipynb #10-017a
+@patch
+def draw(self: BDPO, batch, what: str) -> dict[str, Tensor]:
+    "Everything random in an update of \"behavior\", \"critics\" or \"actor\": n ~ U[1, N], the rest standard normal."
+    c, (B, A) = self.config, batch.action.shape
+    walk = what == "critics" and c.gamma > 0
+    z = dict(x_N=self._normal(B, c.num_samples, A), walk=self._normal(c.num_steps, B, c.num_samples, A)) if walk else {}
+    z |= dict(n=self._steps(B), eps=self._normal(B, A))                    # a^n ~ q(.|a)
+    return z if what == "behavior" else z | dict(noise=self._normal(B, c.num_samples, A))   # of M single steps
 
 # %% ../nbs/10_bdpo.ipynb #10-018
 @patch
+def behavior_loss(self: BDPO, batch, n, eps) -> Float[Tensor, ""]:
+    "Eq. (9)."
+    return noise_prediction_loss(self.behavior.net, batch.obs, batch.action, n, eps, self.sched)
+
+@patch
 def update_behavior(self: BDPO, batch) -> dict[str, Tensor]:
     "One step of Eq. (9) for nu."
-    n, eps = self._steps(len(batch.action)), self._normal(*batch.action.shape)
-    loss = noise_prediction_loss(self.behavior.net, batch.obs, batch.action, n, eps, self.sched)
+    loss = self.behavior_loss(batch, **self.draw(batch, "behavior"))
     self.behavior.step(loss)
     return {"behavior/loss": loss.detach()}
 
@@ -169,62 +187,70 @@ def start_actor(self: BDPO):
 
 # %% ../nbs/10_bdpo.ipynb #10-019b
 @patch
-def _look_ahead(self: BDPO, batch) -> tuple[Tensor, dict[str, Tensor]]:
+def look_ahead(self: BDPO, batch, x_N=None, walk=None) -> tuple[Tensor, dict[str, Tensor]]:
     "Target of Q, Eq. (13), from M paths at the next state, and their price."
-    c, (B, A) = self.config, batch.action.shape
+    c = self.config
     if c.gamma == 0: return batch.reward, {}                   # a bandit: nothing follows, so nothing is walked
-    x_N, noise = self._normal(B, c.num_samples, A), self._normal(c.num_steps, B, c.num_samples, A)
     next_action, penalty = rollout(
-        self.actor.target, self.behavior.target, batch.next_obs, x_N, noise, self.sched, c.solver, c.clip)
+        self.actor.target, self.behavior.target, batch.next_obs, x_N, walk, self.sched, c.solver, c.clip)
     with torch.no_grad(): next_q = self.q.target(batch.next_obs.unsqueeze(1), next_action)
     target = q_target(batch.reward, batch.terminal, next_q, penalty, c.gamma, c.eta, c.rho, c.max_q)
     return target, {"q/penalty": penalty.mean()}
 
-# %% ../nbs/10_bdpo.ipynb #10-020
-@patch
-def update_critics(self: BDPO, batch) -> dict[str, Tensor]:
-    "One step of Eq. (19) for Q and for V_n."
-    target, ahead = self._look_ahead(batch)                    # upper clock, Eq. (13)
-    q = self.q.net(batch.obs, batch.action)
-    # lower clock, Eq. (15): one reverse step from a noised data action
-    n, x = self._noised(batch.action)
-    with torch.no_grad(): v_target, step_penalty = step_value(self.actor.target, **self._one_step(batch.obs, x, n))
-    v = self.v.net(batch.obs, x, n)
-    # both losses from the same parameters, then both steps
-    q_loss, v_loss = value_loss(q, target), value_loss(v, v_target)
-    q_norm, v_norm = self.q.step(q_loss), self.v.step(v_loss)
-    q, v = q.detach(), v.detach()
-    return {"q/loss": q_loss.detach(), "q/mean": q.mean(), "q/std": q.std(0, correction=0).mean(), **ahead,
-            "q/grad_norm": q_norm, "v/loss": v_loss.detach(), "v/mean": v.mean(), "v/penalty": step_penalty.mean(),
-            "v/grad_norm": v_norm}
-
 # %% ../nbs/10_bdpo.ipynb #10-022
 @patch
-def _one_step(self: BDPO, obs, x, n) -> dict:
-    "What `step_value` and `actor_loss` need beside the actor: slow copies, fresh noise, settings."
+def one_step(self: BDPO, batch, n, eps, noise) -> dict:
+    "What `step_value` and `actor_loss` need beside the actor: slow copies, noised actions, settings."
     c = self.config
-    return dict(behavior=self.behavior.target, q=self.q.target, v=self.v.target, obs=obs, x=x, n=n,
-                noise=self._normal(len(x), c.num_samples, x.shape[-1]), sched=self.sched,
-                eta=c.eta, rho=c.rho, clip=c.clip)
+    return dict(behavior=self.behavior.target, q=self.q.target, v=self.v.target, obs=batch.obs, n=n,
+                x=forward_sample(batch.action, n, eps, self.sched), noise=noise, sched=self.sched,
+                eta=c.eta, rho=c.rho, clip=c.clip, fixed=self.fixed)
+
+# %% ../nbs/10_bdpo.ipynb #10-020
+@patch
+def critic_losses(self: BDPO, batch, n, eps, noise, x_N=None, walk=None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    "Eq. (19) for Q and for V_n, and metrics."
+    target, ahead = self.look_ahead(batch, x_N, walk)          # upper clock, Eq. (13)
+    q = self.q.net(batch.obs, batch.action)
+    step = self.one_step(batch, n, eps, noise)                 # lower clock, Eq. (15)
+    with torch.no_grad(): v_target, penalty = step_value(self.actor.target, **step)
+    v = self.v.net(batch.obs, step["x"], n)
+    q_loss, v_loss, q, v = value_loss(q, target), value_loss(v, v_target), q.detach(), v.detach()
+    return q_loss, v_loss, {
+        "q/loss": q_loss.detach(), "q/mean": q.mean(), "q/std": q.std(0, correction=0).mean(), **ahead,
+        "v/loss": v_loss.detach(), "v/mean": v.mean(), "v/penalty": penalty.mean()}
+
+@patch
+def update_critics(self: BDPO, batch) -> dict[str, Tensor]:
+    "One step of Eq. (19) for Q and for V_n: both losses from the same parameters, then both steps."
+    q_loss, v_loss, metrics = self.critic_losses(batch, **self.draw(batch, "critics"))
+    return metrics | {"q/grad_norm": self.q.step(q_loss), "v/grad_norm": self.v.step(v_loss)}
 
 # %% ../nbs/10_bdpo.ipynb #10-024
 @patch
+def actor_losses(self: BDPO, batch, n, eps, noise) -> tuple[Tensor, dict[str, Tensor]]:
+    "Minus the objective of Eq. (16), and metrics."
+    loss, penalty = actor_loss(self.actor.net, **self.one_step(batch, n, eps, noise))
+    return loss, {"actor/loss": loss.detach(), "actor/penalty": penalty}
+
+@patch
 def update_actor(self: BDPO, batch) -> dict[str, Tensor]:
     "One step of Eq. (16) for pi."
-    n, x = self._noised(batch.action)
-    loss, penalty = actor_loss(self.actor.net, **self._one_step(batch.obs, x, n))
-    norm = self.actor.step(loss)
-    return {"actor/loss": loss.detach(), "actor/penalty": penalty, "actor/grad_norm": norm}
+    loss, metrics = self.actor_losses(batch, **self.draw(batch, "actor"))
+    return metrics | {"actor/grad_norm": self.actor.step(loss)}
 
 # %% ../nbs/10_bdpo.ipynb #10-026
 @patch
+def actor_due(self: BDPO) -> bool:
+    "Whether the update that is being made is one of the actor's."
+    return self.updates > self.config.warmup_steps and self.updates % self.config.actor_every == 0
+
+@patch
 def update(self: BDPO, batch) -> dict[str, Tensor]:
     "One pass through the main loop of Algorithm 1."
-    c = self.config
     self.updates += 1
-    metrics = self.update_critics(batch)                                    # every step: Q and V_n
-    if self.updates > c.warmup_steps and self.updates % c.actor_every == 0: # every k-th: pi; nu goes on learning
-        metrics |= self.update_actor(batch) | self.update_behavior(batch)
+    metrics = self.update_critics(batch)                                                    # every step: Q and V_n
+    if self.actor_due(): metrics |= self.update_actor(batch) | self.update_behavior(batch)  # every k-th: pi, and nu
     return metrics
 
 # %% ../nbs/10_bdpo.ipynb #10-032

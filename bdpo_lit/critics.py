@@ -62,8 +62,12 @@ def lower_values(q: QNet, v: VNet,             # critics of both clocks
                  obs: Float[Tensor, "B S"],    # states
                  x: Float[Tensor, "B M A"],    # actions a^{n-1}
                  n: Int[Tensor, "B"],          # n - 1 is where x stands
+                 fixed: bool = False,          # shapes do not depend on n, for more work
                 ) -> Float[Tensor, "K B M"]:
-    "V_{n-1}(s, a^{n-1}), where V_0 = Q: each network sees only the rows that are its own."
+    "V_{n-1}(s, a^{n-1}), where V_0 = Q: each network sees only the rows that are its own, unless `fixed`."
+    if fixed:
+        obs, n = obs.unsqueeze(1), n.unsqueeze(1)
+        return torch.where(n == 1, q(obs, x), v(obs, x, n - 1))
     first, rest = (n == 1).nonzero().squeeze(-1), (n > 1).nonzero().squeeze(-1)
     at_q = q(obs[first].unsqueeze(1), x[first])
     at_v = v(obs[rest].unsqueeze(1), x[rest], (n[rest] - 1).unsqueeze(-1))
@@ -79,6 +83,7 @@ def step_value(actor: NoiseNet, behavior: NoiseNet,  # whose step, and against w
                noise: Float[Tensor, "B M A"],        # of the M samples of a^{n-1}
                sched: Schedule, eta: float, rho: float,  # schedule, regularisation, pessimism
                clip: float | None = 1.0,             # bound of the actions
+               fixed: bool = False,                  # as `lower_values`
               ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
     "Right-hand side of Eq. (15), -eta l_n + E V_{n-1}, and l_n itself. Critics fit it, the actor climbs it: Eq. (16)."
     eps = actor(obs, x, n)
@@ -86,7 +91,7 @@ def step_value(actor: NoiseNet, behavior: NoiseNet,  # whose step, and against w
     penalty = step_kl(eps, eps_behavior, n, sched)
     std = sched.beta[n].sqrt() * (n > 1)
     prev = reverse_mean(x, eps, n, sched, clip).unsqueeze(1) + std[:, None, None] * noise
-    return lcb(lower_values(q, v, obs, prev, n).mean(-1), rho) - eta * penalty, penalty
+    return lcb(lower_values(q, v, obs, prev, n, fixed).mean(-1), rho) - eta * penalty, penalty
 
 # %% ../nbs/08_critics.ipynb #08-032
 def value_loss(values: Float[Tensor, "K B"],  # predictions of all members

@@ -444,9 +444,10 @@ def run_toy(task: str,                    # a name in `TASKS`
 
 def _bdpo_bytes(agent, bandit, plan):
     "What autograd keeps for the larger of BDPO's gradients: the actor's, or the critics'."
-    n, x = agent._noised(bandit.sample(plan.batch_size, torch.Generator(agent.device).manual_seed(0)).action)
-    obs = torch.zeros(len(x), 1, device=agent.device)
-    actor = lambda: actor_loss(agent.actor.net, **agent._one_step(obs, x, n))[0]
+    batch = bandit.sample(plan.batch_size, torch.Generator(agent.device).manual_seed(0))
+    step = agent.one_step(batch, **agent.draw(batch, "actor"))
+    obs, x, n = (step[k] for k in ("obs", "x", "n"))
+    actor = lambda: actor_loss(agent.actor.net, **step)[0]
     critics = lambda: value_loss(agent.v.net(obs, x, n), x[:, 0]) + value_loss(agent.q.net(obs, x), x[:, 0])
     return max(saved_bytes(f)[0] for f in (actor, critics))
 

@@ -145,12 +145,14 @@ def test_closeness_passes_the_target_and_notices_faults(task):
 def test_without_a_future_the_target_is_the_reward_and_nothing_is_walked(monkeypatch):
     b = make_bandit("rings", 100).sample(8, torch.Generator().manual_seed(0))
     with_future = BDPO(1, 2, replace(TINY.algorithm, gamma=0.99), seed=3)
-    target, ahead = with_future._look_ahead(b)                       # every decision is the last
+    walk = with_future.draw(b, "critics")
+    target, ahead = with_future.look_ahead(b, walk["x_N"], walk["walk"])   # every decision is the last
     assert torch.equal(target, b.reward) and "q/penalty" in ahead
     monkeypatch.setattr(bdpo, "rollout", lambda *a: pytest.fail("walked"))
     without = BDPO(1, 2, replace(TINY.algorithm, gamma=0.0), seed=3)
+    assert "walk" not in without.draw(b, "critics")
     state = without.generator.get_state()
-    assert torch.equal(without._look_ahead(b)[0], b.reward) and torch.equal(without.generator.get_state(), state)
+    assert torch.equal(without.look_ahead(b)[0], b.reward) and torch.equal(without.generator.get_state(), state)
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5])

@@ -197,7 +197,7 @@ def test_an_error_of_the_consumer_saves_and_one_in_an_update_does_not(tmp_path, 
     with pytest.raises(AssertionError, match="consumer"): consume(t, 5)
     before = (tmp_path / "run" / "last.pt").read_bytes()
     assert load_checkpoint(tmp_path / "run")["steps"]["pretrain"] == 5
-    at_call(t.agent, "_noised", 3, INT)
+    at_call(t.agent, "draw", 3, INT)
     with pytest.raises(KeyboardInterrupt): consume(t, 100)
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
     with pytest.raises(RunError, match="half-way.*resume=True"): next(t.run())
