@@ -97,7 +97,9 @@ class Learner:
 
     def schedule(self):
         "Set the learning rate of the next update, and count it."
-        self.optimizer.param_groups[0]["lr"] = self.lr * cosine_rate(self.updates, self.decay_steps)
+        group, rate = self.optimizer.param_groups[0], self.lr * cosine_rate(self.updates, self.decay_steps)
+        if isinstance(group["lr"], Tensor): group["lr"].fill_(rate)   # recorded updates read it where it lies
+        else: group["lr"] = rate
         self.updates += 1
 
     def descend(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:

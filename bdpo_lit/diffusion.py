@@ -188,8 +188,8 @@ def ddpm_step(x: Float[Tensor, "*B A"],       # x_n
               clip: float | None = None,      # bound of the predicted clean point, None for unbounded
              ) -> Float[Tensor, "*B A"]:      # x_{n-1}
     "x_{n-1} ~ N(reverse_mean, beta_n I), Eq. (8); the last step (n = 1) adds no noise."
-    n = torch.as_tensor(n, device=x.device)
-    return reverse_mean(x, eps, n, sched, clip) + _at(sched.beta, n).sqrt() * (n > 1).unsqueeze(-1) * noise
+    on = n > 1 if isinstance(n, int) else (n > 1).unsqueeze(-1)
+    return reverse_mean(x, eps, n, sched, clip) + _at(sched.beta, n).sqrt() * on * noise
 
 # %% ../nbs/02_diffusion.ipynb #02-054
 def ddim_step(x: Float[Tensor, "*B A"],     # x_n
