@@ -10,17 +10,10 @@ __all__ = ['Batch', 'UPDATES', 'MODES', 'plain', 'plain_time', 'plain_eps', 'pla
 # %% ../nbs/10b_speed.ipynb #10b-003
 import copy
 import ctypes
-import json
 import platform
-import resource
-import statistics
-import subprocess
-import sys
-import time
 from collections import namedtuple
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from pathlib import Path
+from functools import cache
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -28,12 +21,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from .bdpo import BDPO, BDPOConfig
+from .bdpo import BDPO
 from .critics import lcb, q_target
 from .diffusion import ddpm_step, forward_sample, reverse_mean
 from .networks import EnsembleMLP, NoiseNet, QNet, TimeEmbedding, VNet, bend
 from .path_kl import step_kl
-from .style import provenance
 
 # %% ../nbs/10b_speed.ipynb #10b-006
 def plain(mlp: EnsembleMLP,                    # chapter 6's network, for its parameters
@@ -264,7 +256,8 @@ class Recorded:
 def prepare_for_recording(learner):
     "Put the learning rate and Adam's memory where a recorded update will find them."
     device = next(learner.net.parameters()).device
-    learner.optimizer.param_groups[0] |= dict(lr=torch.tensor(learner.lr, device=device), capturable=device.type == "cuda")
+    rate = torch.tensor(learner.lr, device=device)
+    learner.optimizer.param_groups[0] |= dict(lr=rate, capturable=device.type == "cuda")
     for p in learner.net.parameters():
         if not learner.optimizer.state[p]:   # what Adam itself makes at its first step
             learner.optimizer.state[p] |= dict(step=torch.zeros((), device=device), exp_avg=torch.zeros_like(p),
@@ -305,7 +298,8 @@ def accelerate(agent: BDPO,         # whose updates to make faster, from now on
     said = []
     try:
         use_bend(agent, fused_bend)
-        with torch.no_grad(): agent.q.target(*(torch.zeros(2, d, device=agent.device) for d in (agent.obs_dim, agent.action_dim)))
+        obs, action = (torch.zeros(2, d, device=agent.device) for d in (agent.obs_dim, agent.action_dim))
+        with torch.no_grad(): agent.q.target(obs, action)
         said.append("activations compiled")
     except Exception as e:   # no C++ compiler, no Triton: many kinds
         use_bend(agent, bend)
@@ -328,7 +322,7 @@ class _Losses(nn.Module):
     def __init__(self, agent):
         super().__init__()
         self.agent = agent
-        for name, learner in _learners(agent).items(): self.add_module(name, nn.ModuleList([learner.net, learner.target]))
+        for name, x in _learners(agent).items(): self.add_module(name, nn.ModuleList([x.net, x.target]))
 
     def forward(self, what, batch, draws): return getattr(self.agent, what)(batch, **draws)
 
@@ -340,10 +334,10 @@ class _Stacked:
                              for k, _ in first.net.named_parameters()}
         self.net, self.target = {k: nn.Parameter(x) for k, x in join("net").items()}, join("target")
         self.optimizer = torch.optim.Adam(self.net.values(), lr=first.lr, fused=True)
-        for p, states in zip(self.net.values(), zip(*([x.optimizer.state[p] for p in x.net.parameters()] for x in learners))):
-            if states[0]:
-                self.optimizer.state[p] = {k: states[0][k].clone() if k == "step" else torch.stack([s[k] for s in states])
-                                           for k in states[0]}
+        memory = zip(*([x.optimizer.state[p] for p in x.net.parameters()] for x in learners))
+        for p, own in zip(self.net.values(), memory):   # own: what each agent's Adam remembers of this parameter
+            self.optimizer.state[p] = {k: x.clone() if k == "step" else torch.stack([m[k] for m in own])
+                                       for k, x in own[0].items()}
 
     def step(self, losses):
         "One update of all; returns the norms of their gradients before clipping, (S,)."
@@ -369,6 +363,8 @@ class _Stacked:
                 x.optimizer.state[p] = {k: t.clone() if k == "step" else t[s].clone()
                                         for k, t in self.optimizer.state[all_of_it].items()}
 
+def _counts(agent): return agent.updates, *(x.updates for x in _learners(agent).values())
+
 class Fleet:
     "Several agents of one configuration trained as one batched program. `give_back` puts the results into the agents."
     def __init__(self, agents: Sequence[BDPO]):   # alike in all but seed and state, equally far
@@ -376,7 +372,7 @@ class Fleet:
         for a in agents[1:]:
             if (a.config, a.obs_dim, a.action_dim, a.device) != (one.config, one.obs_dim, one.action_dim, one.device):
                 raise ValueError("agents that train together must have one configuration, one size and one device")
-            if [a.updates, *(x.updates for x in _learners(a).values())] != [one.updates, *(x.updates for x in _learners(one).values())]:
+            if _counts(a) != _counts(one):
                 raise ValueError("agents that train together must have made equally many updates")
         self.agents = list(agents)
         self.one = copy.copy(one)   # its losses are used, not its numbers
