@@ -20,7 +20,10 @@ Protocol, one JSON object per line on stdout (everything else goes to stderr):
     end of input       the same as `memory`, and the end
 A request that cannot be served is answered by {"error": ...}.
 
-One core: --threads 1 leaves the process a single core before JAX starts (the same as `taskset -c 0` outside).
+One core: --threads 1 leaves the process the first of its cores before JAX starts, as `taskset -c` does from outside
+(choose the core there if other work is pinned to the first). With jax 0.5.3 the XLA flags often advised,
+--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1, change nothing: both cores stay busy. NPROC=1 in the
+environment leaves one worker, but a second thread still runs beside it. The core is what counts.
 """
 import argparse
 import json
@@ -43,7 +46,7 @@ BOTH_DIFFER = [
     "EMA copy), and no penalty has to be computed along the sampled path",
     "critic: samples actions of next_obs through all N steps, as BDPO does, and evaluates Q there",
     "train: one critic and one actor update every step (BDPO: an actor update every few critic updates)",
-    "actor EMA every 5 updates from the first on (flowrl's files: from update 1000 on), so that timings are steady",
+    "actor EMA: in every call of `actor`, every 5th of `train`, from the first on (flowrl's files: from the 1000th)",
 ]
 DIFFERS = {
     "dac": BOTH_DIFFER + [
