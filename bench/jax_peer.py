@@ -1,4 +1,4 @@
-"""The JAX side of `make bench`: times the updates of flowrl's DAC and Diffusion-QL agents, on request.
+"""The JAX side of `make bench`: times the updates of flowrl's BDPO, DAC and Diffusion-QL agents, on request.
 
 flowrl (https://github.com/typoverflow/flow-rl) is the library of BDPO's authors. The agents are theirs and so is every
 line of maths: this program builds them at the sizes asked for, feeds them synthetic data and calls their jitted
@@ -14,7 +14,7 @@ flowrl.functional and flowrl.config, without which no agent can be imported. A c
 
 Protocol, one JSON object per line on stdout (everything else goes to stderr):
     at the start       versions, device, cores, sizes, agents (their ops, compile_seconds, sizes, differs), peak_rss
-    `dac critic 3`     agent, op, repeats, wall and cpu: seconds per call (cpu: of the whole process, user and system);
+    `bdpo critic 3`    agent, op, repeats, wall and cpu: seconds per call (cpu: of the whole process, user and system);
                        compiled: how many programs JAX compiled meanwhile (a timing with any is spoilt; expect 0)
     `memory`           peak_rss: the most memory the process has held, in bytes, compilation included
     end of input       the same as `memory`, and the end
@@ -36,10 +36,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 PRESETS = {"locomotion": dict(obs=17, act=6, batch=256, steps=5), "toy2d": dict(obs=1, act=2, batch=512, steps=50)}
-ACTOR_LAYERS, CRITIC_LAYERS, TIME_DIM = 4, 3, 64  # BDPO's networks; flowrl's own files give both agents three layers
+ACTOR_LAYERS, CRITIC_LAYERS, TIME_DIM = 4, 3, 64  # BDPO's networks; flowrl's own files give DAC and DQL three layers
+ACTOR_EVERY = 5                                   # BDPO: critic updates per update of actor and behaviour
 LR, EMA, EMA_EVERY, CLIP_GRAD, DECAY_STEPS = 3e-4, 0.005, 5, 1.0, 2_000_000
 
-# What to keep in mind when a number from here stands beside one of BDPO's.
+# What to keep in mind when a number from here stands beside one of bdpo_lit's BDPO.
 BOTH_DIFFER = [
     "one critic Q: no V_n over the noisy actions of the path, so neither its target nor its update",
     "no behaviour network: `pretrain` is flowrl's own jit_update_ddpm on a copy of the actor (BDPO: the same, and an "
@@ -49,6 +50,14 @@ BOTH_DIFFER = [
     "actor EMA: in every call of `actor`, every 5th of `train`, from the first on (flowrl's files: from the 1000th)",
 ]
 DIFFERS = {
+    "bdpo": [
+        "critic and actor: V_n and Q both see all samples and a mask chooses (bdpo_lit: each sees its own rows)",
+        "critic: the behaviour network sees the stored paths all at once, after the walk (bdpo_lit: step by step)",
+        f"train: a critic update, and in every {ACTOR_EVERY}th call one of the actor and one of the behaviour network "
+        f"(bdpo_lit: the same); ask for a multiple of {ACTOR_EVERY} repeats",
+        "settings: flowrl's file for D4RL, but rho 1 (there 0) and no warm-up (there 50,000 critic updates)",
+        "toy2d: flowrl's file for it has eta 0.05 (here 1) and does not clip samples (here to [-1, 1])",
+    ],
     "dac": BOTH_DIFFER + [
         "actor: noise-prediction loss plus the predicted noise times the ensemble's action gradient at the noisy data "
         "action; one pass of the noise net per row, no samples (BDPO: M samples of one reverse step, through V_n or Q)",
@@ -76,9 +85,9 @@ def arguments():
     p.add_argument("--batch", type=int, help="transitions per update")
     p.add_argument("--steps", type=int, metavar="N", help="diffusion steps")
     p.add_argument("--critics", type=int, metavar="K", default=10, help="members of the critic ensemble")
-    p.add_argument("--samples", type=int, metavar="M", default=10, help="actions per state in the critic's target")
+    p.add_argument("--samples", type=int, metavar="M", default=10, help="actions per state in targets")
     p.add_argument("--width", type=int, metavar="W", default=256, help="of every hidden layer")
-    p.add_argument("--agents", default="dac,dql", help="which to build, with commas")
+    p.add_argument("--agents", default="bdpo,dac,dql", help="which to build, with commas")
     p.add_argument("--ops", default="pretrain,critic,actor,train", help="which to compile and serve, with commas")
     p.add_argument("--threads", type=int, default=0, help="cores to run on; 0: all that the process may use")
     p.add_argument("--flowrl", type=Path, default=os.environ.get("FLOWRL"), metavar="DIR",
@@ -108,6 +117,7 @@ def load(folder: Path | None):
     try:
         import jax
         from flowrl.agent.offline import dac, dql
+        from flowrl.agent.offline.bdpo import bdpo
         from flowrl.flow.ddpm import jit_update_ddpm
         from flowrl.types import Batch
     except ModuleNotFoundError as e:
@@ -119,7 +129,7 @@ def load(folder: Path | None):
         else:
             why = f"The JAX peer needs {name}, which is not installed in {sys.prefix}."
         sys.exit(f"{why}\nIt runs in an environment of its own:\n{INSTALL}")
-    return jax, SimpleNamespace(dac=dac, dql=dql, jit_update_ddpm=jit_update_ddpm, Batch=Batch)
+    return jax, SimpleNamespace(bdpo=bdpo, dac=dac, dql=dql, jit_update_ddpm=jit_update_ddpm, Batch=Batch)
 
 
 def synthetic_batch(jax, flowrl, args):
@@ -132,8 +142,40 @@ def synthetic_batch(jax, flowrl, args):
                         next_action=uniform(keys[4]))
 
 
+def bdpo(flowrl, args):
+    "The BDPO agent at these sizes, its updates by op (called as its train_step calls them), its sizes."
+    c = SimpleNamespace(
+        discount=0.99, q_target="lcb", maxQ=False, ensemble_size=args.critics, rho=1.0, eta=1.0,
+        hidden_dims=(args.width,) * CRITIC_LAYERS, lr=LR, lr_decay_steps=DECAY_STEPS, clip_grad_norm=CLIP_GRAD,
+        layer_norm=False, ema=EMA, ema_every=1, steps=args.steps, num_samples=args.samples, solver="ddpm",
+        update_ratio=ACTOR_EVERY)
+    d = SimpleNamespace(
+        actor=SimpleNamespace(lr=1e-5, lr_decay_steps=DECAY_STEPS, clip_grad_norm=CLIP_GRAD, ema=EMA,
+                              ema_every=EMA_EVERY),
+        behavior=SimpleNamespace(lr=LR, lr_decay_steps=None, clip_grad_norm=CLIP_GRAD, ema=EMA, ema_every=1),
+        noise_schedule="vp", resnet=False, dropout=0.0, layer_norm=False, time_dim=TIME_DIM,
+        mlp_hidden_dims=(args.width,) * ACTOR_LAYERS, solver="ddpm", steps=args.steps, clip_sampler=True, x_min=-1.0,
+        x_max=1.0)
+    cfg = SimpleNamespace(warmup_steps=0, temperature=0.0, diffusion=d, critic=c)
+    agent = flowrl.bdpo.BDPOAgent(args.obs, args.act, cfg, seed=0)
+    agent.prepare_training()
+
+    def critic(batch):
+        agent.rng, agent.q0, agent.q0_target, agent.vt, agent.vt_target, _ = flowrl.bdpo.jit_update_critic(
+            agent.rng, agent.q0, agent.q0_target, agent.vt, agent.vt_target, agent.actor_target, agent.behavior_target,
+            batch, d.steps, c.discount, c.eta, c.rho, c.num_samples, c.q_target, c.maxQ, c.solver, c.ema, True)
+
+    def actor(batch):
+        agent.rng, agent.actor, agent.actor_target, _ = flowrl.bdpo.jit_update_actor(
+            agent.rng, agent.actor, agent.actor_target, agent.behavior_target, agent.q0_target, agent.vt_target, batch,
+            d.steps, c.eta, c.rho, c.num_samples, c.q_target, c.maxQ, c.solver, d.actor.ema, True)
+
+    return (agent, dict(pretrain=partial(agent.pretrain_step, step=0), critic=critic, actor=actor),
+            dict(steps=d.steps, critics=c.ensemble_size, samples=c.num_samples))
+
+
 def dac(flowrl, args):
-    "The DAC agent at these sizes, its critic and actor updates (called as its train_step calls them), its sizes."
+    "The same for DAC, which has no behaviour network and so no op `pretrain` of its own."
     cfg = SimpleNamespace(
         temperature=0.0, start_actor_ema=0, eta=1.0, eta_min=0.001, eta_max=100.0, eta_lr=0.0, eta_threshold=1.0,
         diffusion=SimpleNamespace(
@@ -157,11 +199,11 @@ def dac(flowrl, args):
             agent.rng, agent.actor, agent.actor_target, agent.critic_target, agent.eta, batch, cfg.eta_min, cfg.eta_max,
             cfg.eta_lr, cfg.eta_threshold, d.ema, True)
 
-    return agent, critic, actor, dict(steps=d.steps, critics=c.ensemble_size, samples=c.num_samples)
+    return agent, dict(critic=critic, actor=actor), dict(steps=d.steps, critics=c.ensemble_size, samples=c.num_samples)
 
 
 def dql(flowrl, args):
-    "The same for Diffusion-QL, whose configuration has no number of samples."
+    "The same for Diffusion-QL, whose configuration has no number of samples either."
     max_q = args.samples > 1
     cfg = SimpleNamespace(
         temperature=1.0, start_actor_ema=0, eta=1.0, grad_norm=CLIP_GRAD, lr=LR, lr_decay_steps=DECAY_STEPS,
@@ -181,24 +223,23 @@ def dql(flowrl, args):
         agent.rng, agent.actor, agent.actor_target, _ = flowrl.dql.jit_update_actor(
             agent.rng, agent.actor, agent.actor_target, agent.critic, batch, cfg.eta, d.solver, d.ema, True)
 
-    return agent, critic, actor, dict(steps=d.steps, critics=c.ensemble_size, samples=10 if max_q else 1)
+    return (agent, dict(critic=critic, actor=actor),
+            dict(steps=d.steps, critics=c.ensemble_size, samples=10 if max_q else 1))
 
 
-AGENTS = {"dac": dac, "dql": dql}
+AGENTS = {"bdpo": bdpo, "dac": dac, "dql": dql}
 
 
-def operations(jax, flowrl, agent, critic, actor, batch):
+def operations(jax, flowrl, agent, updates, batch):
     "The four ops: each makes one update, leaves the new networks with the agent and waits until they are there."
-    behavior = [jax.random.PRNGKey(1), agent.actor]
-    def networks(): return [getattr(agent, name) for name in agent.model_names]
-    def pretrain():
+    behavior = [jax.random.PRNGKey(1), agent.actor] # for agents without a behaviour network
+    def pretrain(batch):
         behavior[0], behavior[1], _ = flowrl.jit_update_ddpm(behavior[0], behavior[1], batch.action, batch.obs)
-        jax.block_until_ready(behavior)
     def run(update):
         update(batch)
-        jax.block_until_ready(networks())
-    return dict(pretrain=pretrain, critic=partial(run, critic), actor=partial(run, actor),
-                train=partial(run, partial(agent.train_step, step=0)))
+        jax.block_until_ready([behavior, *(getattr(agent, name) for name in agent.model_names)])
+    updates = dict(pretrain=pretrain, train=partial(agent.train_step, step=0)) | updates
+    return {name: partial(run, update) for name, update in updates.items()}
 
 
 class Compilations:
@@ -264,8 +305,8 @@ def main():
     compilations, ops, agents = Compilations(jax), {}, {}
     batch = synthetic_batch(jax, flowrl, args)
     for name in args.agents:
-        agent, critic, actor, sizes = AGENTS[name](flowrl, args)
-        made = operations(jax, flowrl, agent, critic, actor, batch)
+        agent, updates, sizes = AGENTS[name](flowrl, args)
+        made = operations(jax, flowrl, agent, updates, batch)
         ops[name] = {op: made[op] for op in args.ops}
         seconds = {}
         for op in args.ops:             # train shares the programs of critic and actor where those came first
