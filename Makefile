@@ -10,7 +10,7 @@ WORKERS ?= $(shell [ $(CORES) -lt 4 ] && echo $(CORES) || echo 4)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-long test check lab docs lock address clean
+.PHONY: help demo demo-long test bench check lab docs lock address clean
 
 # Data sets that are made or downloaded stay inside the checkout.
 export MINARI_DATASETS_PATH ?= $(CURDIR)/data/minari
@@ -31,13 +31,18 @@ demo-long: $(READY) ## the same with a longer training run
 # Chapters run side by side, one thread each. Everything runs even if something fails, so that one run shows it all.
 test: export OMP_NUM_THREADS = 1
 test: $(READY) ## execute every chapter and run the tests
-	@failed=; $(BIN)/ruff check -q --output-format concise bdpo_lit tests || failed="$$failed ruff"; \
+	@failed=; $(BIN)/ruff check -q --output-format concise bdpo_lit tests bench || failed="$$failed ruff"; \
 	$(BIN)/nbdev-test --n-workers $(WORKERS) --timing || failed="$$failed chapters"; \
 	$(BIN)/pytest --durations=10 || failed="$$failed pytest"; \
 	[ -z "$$failed" ] || { echo "Failed:$$failed"; exit 1; }
 
+bench: $(READY) ## measure speed, half an hour; FLOWRL=clone-of-flow-rl adds the JAX code (builds .venv-jax/)
+	@[ -z "$(FLOWRL)" ] || [ -e .venv-jax/.ready ] || { $(PYTHON) -m venv .venv-jax && \
+	.venv-jax/bin/pip install -qq -r bench/requirements-jax.txt && touch .venv-jax/.ready; }
+	$(BIN)/python bench/run.py $(if $(FLOWRL),--jax .venv-jax/bin/python --flowrl "$(FLOWRL)") $(BENCH)
+
 check: $(READY) ## package in step with the chapters, notebooks clean, links, ruff (seconds)
-	$(BIN)/ruff check -q --output-format concise bdpo_lit tests
+	$(BIN)/ruff check -q --output-format concise bdpo_lit tests bench
 	$(BIN)/pytest -q tests/test_chapters.py
 
 lab: $(READY) ## open the chapters in JupyterLab
