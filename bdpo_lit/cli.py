@@ -51,7 +51,8 @@ def _collect(what: str, dataset_id: str | None = None, **kwargs):
     collect, default = dict(maze=(collect_maze, MAZE_ID), halfcheetah=(collect_cheetah, CHEETAH_ID))[what]
     dataset_id = dataset_id or default
     try: parse_dataset_id(dataset_id)
-    except (TypeError, ValueError): raise RunError(f"'{dataset_id}' cannot name a data set; 'mine/maze-v0' could") from None
+    except (TypeError, ValueError):
+        raise RunError(f"'{dataset_id}' cannot name a data set; 'mine/maze-v0' could") from None
     try: return collect(dataset_id=dataset_id, **kwargs)
     except OSError as e:
         raise RunError(f"cannot write {e.filename}: {e.strerror}; data sets go where MINARI_DATASETS_PATH says") from e

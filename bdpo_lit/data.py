@@ -205,8 +205,8 @@ def _open_minari(dataset_id: str, download: bool) -> minari.MinariDataset:
                         + (f"  did you mean: {', '.join(near)}\n" if near else "")
                         + f"  local data sets: {', '.join(local) or 'none'}\n"
                         + ("  bdpo collect maze|halfcheetah makes the book's own data" if dataset_id.startswith("bdpo/")
-                           else "  download=True (--download) fetches a set that Minari hosts; a file in D4RL's layout is given by its "
-                                "path, which ends in .hdf5 or .h5")) from None
+                           else "  download=True (--download) fetches a set that Minari hosts; a file in D4RL's layout "
+                                "is given by its path, which ends in .hdf5 or .h5")) from None
     except ImportError as e:
         raise DataError(f"data set '{dataset_id}' is not in {folder}, and downloading needs one more package: "
                         f"{e}") from None
