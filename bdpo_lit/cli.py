@@ -43,11 +43,19 @@ class Collect:
               f"in {dataset.storage.data_path.parent}")
 
 def _collect(what: str, dataset_id: str | None = None, **kwargs):
-    "The Minari data set."
+    "The Minari data set. Raises `RunError` where it cannot be kept, before the work of making it."
+    from minari.dataset.minari_dataset import parse_dataset_id
     from bdpo_lit.cheetah import CHEETAH_ID, collect_cheetah
     from bdpo_lit.maze import MAZE_ID, collect_maze
+    from bdpo_lit.training import RunError
     collect, default = dict(maze=(collect_maze, MAZE_ID), halfcheetah=(collect_cheetah, CHEETAH_ID))[what]
-    return collect(dataset_id=dataset_id or default, **kwargs)
+    dataset_id = dataset_id or default
+    try: parse_dataset_id(dataset_id)
+    except (TypeError, ValueError):
+        raise RunError(f"'{dataset_id}' cannot name a data set; 'mine/maze-v0' could") from None
+    try: return collect(dataset_id=dataset_id, **kwargs)
+    except OSError as e:
+        raise RunError(f"cannot write {e.filename}: {e.strerror}; data sets go where MINARI_DATASETS_PATH says") from e
 
 @dataclass
 class Describe:
@@ -72,6 +80,7 @@ def _load(source: str, max_episode_steps: int | None, download: bool, clip_outsi
     return load(source, **kwargs)
 
 def _save(figure, path: Path):
+    if not path.suffix: path = path.with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     print(f"picture: {path}")
@@ -160,7 +169,7 @@ def open_run(command: Train):  # with `train` and `algorithm`
 # %% ../nbs/16_command_line.ipynb #cf9c2f33
 def train(command: Train):
     "Run it behind a bar, from where it is to its end or to Ctrl-C."
-    from bdpo_lit.training import watch
+    from bdpo_lit.training import comparable, watch
     if command.threads is not None: _use_threads(command.threads)
     run = open_run(command)
     d, steps, c, a = run.data, run.steps, run.config, run.algorithm
@@ -177,10 +186,11 @@ def train(command: Train):
         raise SystemExit(130)
     if run.evaluations:
         name = "score" if "score" in run.evaluations[-1] else "return"
-        best = max(run.evaluations, key=lambda e: e["return"])
+        best = max(comparable(run.evaluations), key=lambda e: e["return"])
         print(f"{name}: last {run.evaluations[-1][name]:.1f}, best {best[name]:.1f} (update {best['step']}), "
               f"{c.eval_episodes} episodes each")
-    print(f"Finished: {len(run.warnings)} warnings. Next: bdpo evaluate {run.dir}")
+    where = "" if run.make_env else " --env ..."
+    print(f"Finished: {len(run.warnings)} warnings. Next: bdpo evaluate {run.dir}{where}")
 
 def _use_threads(n: int):
     import torch
@@ -262,7 +272,8 @@ class Toy2d:
         _use_threads(self.threads)
         from bdpo_lit.toy2d import toy
         from bdpo_lit.training import pick_device
-        device = str(pick_device(self.device))  # a clear error, before any work
+        device = str(pick_device(self.device))  # a clear error, before any work; so with the folder
+        self.folder.mkdir(parents=True, exist_ok=True)
         toy(self.task, self.eta, self.seed, self.preset, device, self.compare, self.folder)
 
 # %% ../nbs/16_command_line.ipynb #3becee45
@@ -279,4 +290,7 @@ def main(args: list[str] | None = None):  # the words after `bdpo`; None: from t
     except KeyboardInterrupt:
         print("\nbdpo: interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, RuntimeError, OSError) as e: sys.exit("bdpo: " + "; ".join(map(str.strip, str(e).splitlines())))
+    except OSError as e:
+        sys.exit(f"bdpo: cannot use {e.filename}: {e.strerror}; choose another place, or free some space there"
+                 if e.filename and e.strerror else f"bdpo: {e}")
+    except (ValueError, RuntimeError) as e: sys.exit("bdpo: " + "; ".join(map(str.strip, str(e).splitlines())))

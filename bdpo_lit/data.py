@@ -143,7 +143,7 @@ def clip_actions(action: Float[np.ndarray, "T A"],  # as recorded
         i = int(bad.argmax())
         raise DataError(f"{source}: {int(bad.sum())} actions lie outside the bounds {low} to {high}, the first at "
                         f"index {i}: "
-                        f"{action[i]}; fix the file, or pass clip_outside=True")
+                        f"{action[i]}; fix the file, or pass clip_outside=True (--clip-outside)")
     return center + half * np.clip(unit, -ACTION_MARGIN, ACTION_MARGIN)
 
 # %% ../nbs/12_data.ipynb #12-025
@@ -174,7 +174,7 @@ def _numeric(name: str, x, source: str) -> np.ndarray:
     bad = ~np.isfinite(x.reshape(len(x), -1)).all(-1) if x.ndim and x.size else np.zeros(0, bool)
     if bad.any():
         raise DataError(f"{source}: '{name}' has {int(bad.sum())} rows with NaN or infinite values, the first at index "
-                        f"{int(bad.argmax())}; all values must be finite")
+                        f"{int(bad.argmax())}; all values must be finite: remove those rows, or get the data again")
     return x
 
 def _build(arrays: dict[str, np.ndarray], meta: dict, clip_outside: bool, keep=slice(None)) -> Transitions:
@@ -205,7 +205,8 @@ def _open_minari(dataset_id: str, download: bool) -> minari.MinariDataset:
                         + (f"  did you mean: {', '.join(near)}\n" if near else "")
                         + f"  local data sets: {', '.join(local) or 'none'}\n"
                         + ("  bdpo collect maze|halfcheetah makes the book's own data" if dataset_id.startswith("bdpo/")
-                           else "  download=True fetches a set that Minari hosts")) from None
+                           else "  download=True (--download) fetches a set that Minari hosts; a file in D4RL's layout "
+                                "is given by its path, which ends in .hdf5 or .h5")) from None
     except ImportError as e:
         raise DataError(f"data set '{dataset_id}' is not in {folder}, and downloading needs one more package: "
                         f"{e}") from None
@@ -304,6 +305,7 @@ def load_hdf5(path: str | Path,                     # file in the D4RL layout
     raw = {k: _numeric(k, v, str(path)) for k, v in raw.items()}
     lengths = {k: x.shape[0] if x.ndim else 0 for k, x in raw.items()}
     if len(set(lengths.values())) > 1: raise DataError(f"{path}: lengths differ: {lengths}; they must agree")
+    if not lengths["actions"]: raise DataError(f"{path}: found 0 transitions; at least 2 are needed")
     if raw["observations"].ndim != 2 or raw["actions"].ndim != 2:
         raise DataError(f"{path}: 'observations' has shape {raw['observations'].shape}, 'actions' "
                         f"{raw['actions'].shape}; both need "
@@ -311,7 +313,8 @@ def load_hdf5(path: str | Path,                     # file in the D4RL layout
     vectors = ("observations", "actions", "next_observations")
     raw = {k: x if k in vectors else x.reshape(len(x), -1)[:, 0] for k, x in raw.items()}
     if "timeouts" not in raw and max_episode_steps is None:
-        raise DataError(f"{path}: has no 'timeouts'; pass max_episode_steps, the time limit of the environment")
+        raise DataError(f"{path}: has no 'timeouts'; pass max_episode_steps (--max-episode-steps), the time limit of "
+                        "the environment")
     terminal = raw["terminals"].astype(bool)
     recorded = raw["timeouts"].astype(bool) if "timeouts" in raw else None
     timeout, episode = _boundaries(terminal, recorded, max_episode_steps)

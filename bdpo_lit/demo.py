@@ -56,7 +56,7 @@ def fit_gaussian(data: Transitions,          # the data set
                 ) -> Callable:               # a policy: (n, S) array to (n, A) array
     "Behaviour cloning with a Gaussian; the policy draws from it."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         net = GaussianPolicy(data.obs_dim, data.action_dim, hidden)
     opt, g = torch.optim.Adam(net.parameters(), lr=lr), torch.Generator().manual_seed(seed)
     for _ in tqdm(range(steps), desc="Gaussian cloning", unit="update"):

@@ -135,10 +135,10 @@ def judge_run(run_dir: str | Path,             # directory of a run
     "Play the last and the best policy of a run. Raises `RunError`."
     config = read_config(run_dir)
     about, train = config["about"], config["train"]
-    noted = about.get("env") or about.get("env_id")
-    if not (env or noted):
-        raise RunError(f"{run_dir} does not say where its policies play; give an environment")
-    make_env, how = env_maker(env or noted, from_file=not env), how or train["how"]
+    named = env or about.get("env")                                     # now, or by whoever trained
+    if not (where := named or about.get("env_id")):
+        raise RunError(f"{run_dir} does not say where its policies play; give an environment (--env)")
+    make_env, how = env_maker(where, from_file=not named), how or train["how"]
     M = 1 if how == "sample" else num_actions or train["num_actions"]   # one sample has no candidates
     refs = about.get("ref_min_score"), about.get("ref_max_score")
     results = {}
@@ -153,7 +153,7 @@ def judge_run(run_dir: str | Path,             # directory of a run
         numbers = {"return": played.returns} | ({} if played.success is None else {"success": played.success})
         if None not in refs: numbers["score"] = normalized_score(played.returns, *refs)
         results[which] = dict(step=step, returns=played.returns.tolist()) | {k: _spread(x) for k, x in numbers.items()}
-    return dict(env=env or noted, env_id=make_env.spec.id, episodes=episodes, seed=seed, how=how, num_actions=M,
+    return dict(env=where, env_id=make_env.spec.id, episodes=episodes, seed=seed, how=how, num_actions=M,
                 ref_min_score=refs[0], ref_max_score=refs[1], **results)
 
 def _spread(x: np.ndarray) -> dict[str, float | None]:

@@ -334,7 +334,7 @@ def _start(agent, seed):
     "An actor that starts as nu, and a fresh Q, with BDPO's sizes and rates."
     c = agent.config
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         q = QNet(1, 2, c.critic_hidden, c.num_critics, c.q_layer_norm).to(agent.device)
     actor = copy.deepcopy(agent.behavior.target).requires_grad_(True)
     return (Learner(actor, c.actor_lr, c.actor_decay_steps, c.clip_grad_norm, c.ema),
@@ -371,7 +371,7 @@ def guide_contrastive(agent: BDPO, bandit: Bandit, preset: ToyPreset, seed: int 
     "Contrastive energy (Lu et al., 2023): learn V_n / eta by comparison. Returns (noise function, bytes kept)."
     c, sched, nu = agent.config, agent.sched, noise_fn(agent.behavior.target)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         net = VNet(1, 2, c.num_steps, c.critic_hidden, 1, c.time_dim, c.v_layer_norm).to(agent.device)
     f = Learner(net, c.critic_lr, c.critic_decay_steps, c.clip_grad_norm, c.ema)
     g, batches = torch.Generator(agent.device).manual_seed(seed), _batches(bandit, preset.batch_size, seed, phase=2)

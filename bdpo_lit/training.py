@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'CHECKPOINT', 'TrainConfig', 'attainable', 'limits', 'warning_signs', 'RunError', 'append_json',
            'save_checkpoint', 'load_checkpoint', 'pick_device', 'load_agent', 'stop_after_step', 'Progress', 'Training',
-           'TrainingDiverged', 'watch', 'read_config', 'read_column', 'draw_runs']
+           'TrainingDiverged', 'comparable', 'watch', 'read_config', 'read_column', 'draw_runs']
 
 # %% ../nbs/14_training.ipynb #14-003
 import csv
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 import gymnasium as gym
 import matplotlib.pyplot as plt
@@ -343,7 +344,8 @@ def _log(self: Training, phase: str, total: int, metrics: dict) -> dict[str, flo
     if step % self.config.log_every and step != total: return None
     row = self._means()
     self.sums = {}
-    self._record("metrics.csv", ("phase", *METRICS), phase, step, row)
+    self._append("metrics.csv", ("step", "phase", *METRICS), dict(step=step, phase=phase) | row)
+    self._curves(phase, step, row)
     self._warn(phase, step, row)
     return row
 
@@ -357,12 +359,10 @@ def _warn(self: Training, phase: str, step: int, row: dict):
         self._append("warnings.csv", ("step", "phase", "metric", "value", "limit", "text"), self.warnings[-1])
 
 @patch
-def _record(self: Training, file: str, columns: tuple, phase: str, step: int, row: dict):
-    "One more row of a CSV file, and of TensorBoard's curves."
+def _curves(self: Training, phase: str, step: int, row: dict):
+    "One more point of each of TensorBoard's curves."
     if self.dir is None: return
-    self._append(file, ("step", *columns), dict(step=step) | ({"phase": phase} if "phase" in columns else {}) | row)
-    for key, x in row.items():
-        self.writers[phase].add_scalar(key if "/" in key else f"evaluation/{key}", x, step)
+    for key, x in row.items(): self.writers[phase].add_scalar(key, x, step)
 
 # %% ../nbs/14_training.ipynb #49cb5c6a
 @patch
@@ -371,21 +371,28 @@ def _append(self: Training, file: str, columns: tuple, row: dict):
     if self.dir is None: return
     self._check_owner()
     with _writing(self.dir / file), open(self.dir / file, "a", newline="") as f:
-        writer = csv.DictWriter(f, columns, restval="", lineterminator="\n")
-        if f.tell() == 0: writer.writeheader()
-        writer.writerow(row)
+        f.write(_table(columns, [row], header=f.tell() == 0))
+
+def _table(columns: Sequence[str], rows: Sequence[dict], header: bool = True) -> str:
+    "Rows as lines of a CSV file."
+    writer = csv.DictWriter(text := io.StringIO(), columns, restval="", lineterminator="\n")
+    if header: writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 # %% ../nbs/14_training.ipynb #14-047
 @patch
 def evaluate(self: Training,
              episodes: int | None = None,  # None: as configured
-            ) -> dict:                     # step, episodes, return, std, and success and score where they are known
+            ) -> dict:                     # step, settings, return, std, and success and score where they are known
     "Play the current policy; changes and records nothing. Raises `RunError` without an environment."
     if self.make_env is None: raise RunError("there is no environment to evaluate in; give make_env")
     c, meta = self.config, self.data.meta
     policy = self.agent.policy(c.how, c.num_actions, seed=self.play_seed)
     played = play_episodes(policy, self.make_env, episodes or c.eval_episodes, seed=self.start_seed)
-    result = dict(step=self.steps["train"], episodes=len(played))
+    spec = getattr(self.make_env, "spec", None)   # a function need not have one
+    result = dict(step=self.steps["train"], episodes=len(played), env=spec.id if spec else None, how=c.how,
+                  num_actions=played.num_actions)
     result |= {"return": float(played.returns.mean()), "std": float(played.returns.std())}
     if played.success is not None: result["success"] = played.success_rate
     lo, hi = meta.get("ref_min_score"), meta.get("ref_max_score")
@@ -393,6 +400,14 @@ def evaluate(self: Training,
     return result
 
 # %% ../nbs/14_training.ipynb #14-049
+_EVALUATION = ("step", "episodes", "env", "how", "num_actions", "return", "std", "success", "score")
+
+def comparable(evaluations: Sequence[dict],  # of one run, in order
+              ) -> list[dict]:
+    "The last of them, back to where a policy was played elsewhere or otherwise."
+    settings = lambda e: [e.get(k) for k in ("env", "how", "num_actions")]
+    return list(takewhile(lambda e: settings(e) == settings(evaluations[-1]), reversed(evaluations)))[::-1]
+
 @patch
 def _evaluation_due(self: Training) -> bool:
     "Every eval_every updates of the main loop and at its end, once."
@@ -403,11 +418,12 @@ def _evaluation_due(self: Training) -> bool:
 @patch
 def _judge(self: Training) -> dict:
     "Evaluate, record, and keep the best."
-    result, best = self.evaluate(), max((e["return"] for e in self.evaluations), default=-math.inf)
+    result = self.evaluate()
     self.evaluations.append(result)
-    numbers = {k: x for k, x in result.items() if k != "step"}
-    self._record("evaluations.csv", ("episodes", "return", "std", "success", "score"), "train", result["step"], numbers)
-    if result["return"] > best: self.save("best.pt")
+    self._append("evaluations.csv", _EVALUATION, result)
+    self._curves("train", result["step"], {f"evaluation/{k}": result[k] for k in _EVALUATION[5:] if k in result})
+    *before, now = (e["return"] for e in comparable(self.evaluations))
+    if now > max(before, default=-math.inf): self.save("best.pt")
     return result
 
 # %% ../nbs/14_training.ipynb #14-051
@@ -455,6 +471,9 @@ def _plain(config) -> dict:
 
 # %% ../nbs/14_training.ipynb #14-065
 _MAY_CHANGE = {"train_steps", "log_every", "eval_every", "eval_episodes", "save_every", "device", "how", "num_actions"}
+_MEANT = {  # names that need an explanation, in a message
+    "id": "the data set's id", "transitions": "the number of transitions",
+    "crc32": "the checksum of its numbers, rewards as scaled, crc32"}
 _KEPT = ("env_id", "ref_min_score", "ref_max_score", "reward_scale")  # of the data set's meta, for later evaluations
 
 def _identity(data: Transitions) -> dict:
@@ -463,10 +482,10 @@ def _identity(data: Transitions) -> dict:
     for name in Batch._fields: crc = zlib.crc32(np.ascontiguousarray(getattr(data, name).cpu().numpy()), crc)
     return dict(id=data.meta.get("id"), transitions=len(data), crc32=f"{crc:08x}")
 
-def _versions() -> dict[str, str]:
-    "Of everything a result depends on."
+def _versions() -> dict[str, str | int]:
+    "Of everything a result depends on, and the number of threads, on which its last digits do."
     packages = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari", "bdpo_lit")
-    return dict(python=platform.python_version()) | {p: version(p) for p in packages}
+    return dict(python=platform.python_version(), threads=torch.get_num_threads()) | {p: version(p) for p in packages}
 
 # %% ../nbs/14_training.ipynb #14-066
 def _compare(path: Path,  # config.json of the run
@@ -475,8 +494,8 @@ def _compare(path: Path,  # config.json of the run
     "Raise `RunError` if the two disagree on what may not change."
     try:
         then = json.loads(path.read_text())
-        differ = [f"{k} is {then[part][k]!r} there and {x!r} here" for part in now for k, x in now[part].items()
-                  if k not in _MAY_CHANGE and then[part][k] != x]
+        differ = [f"{_MEANT.get(k, k)} is {then[part][k]!r} there and {x!r} here"
+                  for part in now for k, x in now[part].items() if k not in _MAY_CHANGE and then[part][k] != x]
         if differ: raise RunError(f"{path.parent} holds a run with other settings: {'; '.join(differ)}. "
                                   "Resume it with its own settings, or choose another directory")
         return then | {"versions": list(then["versions"]), "about": dict(then["about"])}
@@ -497,7 +516,8 @@ def _open(self: Training, resume: bool, data: dict, about: dict):
         if not resume:
             raise RunError(f"{self.dir} already holds a run; choose another directory, or resume it (resume=True)")
         then = _compare(path, now)
-        about, versions = then["about"] | about, then["versions"] + [v for v in versions if v != then["versions"][-1]]
+        about = then["about"] | {k: x for k, x in about.items() if x is not None}     # what was known stays known
+        versions = then["versions"] + [v for v in versions if v != then["versions"][-1]]
     elif others := [f for f in _FILES if (self.dir / f).exists()]:
         raise RunError(f"{self.dir} holds {', '.join(others)}, but no config.json: not a run; choose another directory")
     self.token = secrets.token_hex(8)
@@ -529,7 +549,8 @@ def _resume(self: Training):
         self.steps, self.sums = state["steps"], state["sums"]
         self.evaluations, self.warnings = state["evaluations"], state["warnings"]
     _forget(self.dir / "metrics.csv", lambda row: int(row["step"]) > self.steps[row["phase"]])
-    _forget(self.dir / "evaluations.csv", lambda row: all(e["step"] != int(row["step"]) for e in self.evaluations))
+    if (played := self.dir / "evaluations.csv").exists():
+        _replace(played, (_table(_EVALUATION, self.evaluations) if self.evaluations else "").encode())
     _forget(self.dir / "warnings.csv", lambda row: all(w["metric"] != row["metric"] for w in self.warnings))
 
 def _forget(path: Path,       # a CSV file; it need not exist
@@ -585,21 +606,22 @@ def read_column(run_dir: str | Path,       # directory of a run
                 name: str,                 # of a metric, or of a column of evaluations.csv
                 phase: str = "train",      # of the metric: "pretrain" or "train"
                ) -> dict[int, float]:      # step: value
-    "One curve of a run; empty if there is none."
+    "One curve of a run, of evaluations the `comparable` part; empty if there is none."
     path = Path(run_dir) / ("metrics.csv" if "/" in name else "evaluations.csv")
     if not path.exists(): return {}
-    with open(path) as f:
-        return {int(r["step"]): float(r[name]) for r in csv.DictReader(f)
-                if r.get(name) and r.get("phase", phase) == phase}
+    with open(path) as f: rows = list(csv.DictReader(f))
+    if "/" not in name: rows = comparable(rows)
+    return {int(r["step"]): float(r[name]) for r in rows if r.get(name) and r.get("phase", phase) == phase}
 
 # %% ../nbs/14_training.ipynb #51b22f4b
 def _grouped(run_dirs: Sequence[Path]) -> dict[str, list[Path]]:
-    "Runs by what they were told, the seed and what may change aside."
+    "Runs by what they were told, the seed and what does not show in a curve aside."
     told, groups = {}, {}
     for d in run_dirs:
         c = read_config(d)
         name = c["about"].get("task") or c["data"]["id"] or str(d)
-        settings = {k: x for k, x in (c["train"] | c["algorithm"]).items() if k not in {"seed", *_MAY_CHANGE}}
+        aside = {"seed", *_MAY_CHANGE} - {"how", "num_actions"}
+        settings = {k: x for k, x in (c["train"] | c["algorithm"]).items() if k not in aside}
         told.setdefault(name, {})[Path(d)] = settings | {"reward scale": c["about"].get("reward_scale")}
     for name, runs in told.items():
         keys = dict.fromkeys(k for s in runs.values() for k in s)   # a run of another release may lack some

@@ -173,6 +173,8 @@ def test_the_maze_from_collecting_to_curves(bdpo, home):
     assert first["env_id"] == "bdpo/PointMazeUMazeHidden-v0" and first["ref_max_score"] > 100
     # curves
     bdpo("plot runs/maze-1 --out pictures/curves.png")
+    assert "picture: pictures/again.png" in bdpo("plot runs/maze-1 --out pictures/again")
+    assert "cannot use /proc/x: " in bdpo("plot runs/maze-1 --out /proc/x/curves.png", status=1)
     for picture in ("maze", "curves"): assert np.ptp(np.asarray(Image.open(f"pictures/{picture}.png"))) > 100
 
 
@@ -286,6 +288,7 @@ def test_d4rl_files_with_and_without_timeouts(bdpo, home):
     d4rl_file(home / "without.hdf5", timeouts=False)
     said = bdpo("train --data with.hdf5", TINY)
     assert "rewards x 1;" in said, "its unit is not known"
+    assert "bdpo evaluate runs/with-0 --env ..." in said
     assert "no environment: give --env to see scores" in said and not (home / "runs/with-0/best.pt").exists()
     assert "does not say where its policies play; give an environment" in bdpo("evaluate runs/with-0", status=1)
     said = bdpo("evaluate runs/with-0 --env Hopper-v5 --episodes 1")
@@ -321,12 +324,41 @@ def test_d4rl_files_with_and_without_timeouts(bdpo, home):
     ("plot runs/none", 1, "runs/none is no run"), ("plot", 1, "no run to draw"),
     ("describe no/such-v0", 1, "data set 'no/such-v0' not found"),
     ("collect maze --num-steps 1", 1, "num_steps must be at least 2"), ("collect moon", 2, "'moon'"),
+    ("describe minari", 1, "a file in D4RL's layout is given by its path, which ends in .hdf5 or .h5"),
+    ("toy2d moons --folder /proc/x", 1, "cannot use /proc/x: No such file or directory; choose another place"),
+    ("collect maze --dataset-id maze", 1, "'maze' cannot name a data set; 'mine/maze-v0' could"),
     ("collect maze --num-steps 2500", 1, "was made with"), ("fly", 2, "fly"), ("", 2, "Missing subcommand"),
 ])
 def test_mistakes_are_answered_in_one_line(words, status, message, bdpo):
     said = bdpo(words, status=status)
     assert message in re.sub(r"[\s│]+", " ", said)
     if status == 1: assert re.fullmatch(r"bdpo: [^\n]+", said.strip())
+
+
+def test_a_folder_for_data_that_cannot_be_made(bdpo, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", "/proc/minari")
+    assert "cannot write /proc/minari" in (said := bdpo("collect maze --num-steps 100", status=1))
+    assert "MINARI_DATASETS_PATH" in said
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda f: f["observations"].write_direct(np.full((60, 11), np.nan, np.float32)), "has 60 rows with NaN"),
+    (lambda f: [f.__delitem__(k) or f.__setitem__(k, np.zeros(0)) for k in list(f) if k not in ("infos", "metadata")],
+     "found 0 transitions"),
+    (lambda f: f.__delitem__("rewards"), "lacks rewards"),
+    (lambda f: f["actions"].write_direct(np.full((60, 3), 2, np.float32)), "(--clip-outside)"),
+])
+def test_files_that_cannot_be_learnt_from(spoil, message, bdpo, home):
+    with h5py.File(d4rl_file(home / "spoilt.hdf5", 60), "a") as f: spoil(f)
+    assert message in bdpo("train --data spoilt.hdf5", TINY, status=1)
+
+
+def test_another_file_of_the_same_name_is_another_run(bdpo, home):
+    d4rl_file(home / "same.hdf5", 200)
+    bdpo("train --data same.hdf5", TINY)
+    d4rl_file(home / "same.hdf5", 300)
+    said = bdpo("train --data same.hdf5", TINY, status=1)
+    assert "the number of transitions is 198 there and 297 here; the checksum of its numbers" in said
 
 
 def test_a_damaged_run_and_a_damaged_note_lose_nothing(bdpo, home):

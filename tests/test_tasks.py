@@ -1,6 +1,7 @@
 """Presets against the paper's tables, field by field and in both directions; environments by name."""
 import csv
 import re
+import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -227,10 +228,26 @@ def test_what_a_file_may_name(tmp_path, monkeypatch):
     (tmp_path / "stranger.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     run = tmp_path / "run"
-    list(Training(pendulum(), PLAN, TINY, None, run, about=dict(env="stranger:Pendulum-v1")).run())
+    data = pendulum()
+    data.meta["env_id"] = "stranger:Pendulum-v1"                # as a data set may have it
+    list(Training(data, PLAN, TINY, None, run).run())
     with pytest.raises(RunError, match="would import stranger; name it yourself"): judge_run(run, 1)
     with pytest.raises(SystemExit, match="imported"): judge_run(run, 1, env="stranger:Pendulum-v1")
     for env in ("Pendulum-v1", "bdpo_lit.maze:bdpo/PointMazeUMazeHidden-v0", HOPPER): env_maker(env, from_file=True)
+
+
+def test_a_run_remembers_the_package_that_was_named(tmp_path, monkeypatch):
+    pendulum_env = "gymnasium.envs.classic_control:PendulumEnv"
+    (tmp_path / "mine.py").write_text("from gymnasium import register\n"
+                                      f"register('Mine-v0', {pendulum_env!r}, max_episode_steps=5)")
+    monkeypatch.syspath_prepend(tmp_path)
+    run, make = tmp_path / "run", env_maker("mine:Mine-v0")
+    t = Training(pendulum(), PLAN, TINY, make, run, about=dict(env="mine:Mine-v0"))
+    list(t.run())
+    assert {e["env"] for e in t.evaluations} == {"Mine-v0"}
+    Training(pendulum(), PLAN, TINY, None, run, resume=True, about=dict(env=None))     # whoever resumes need not say it
+    del gym.registry["Mine-v0"], sys.modules["mine"]
+    assert judge_run(run, 1)["env_id"] == "Mine-v0"
 
 
 def test_specifications_with_known_wrappers():

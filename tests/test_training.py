@@ -30,8 +30,11 @@ from bdpo_lit.training import (
     TrainConfig,
     Training,
     TrainingDiverged,
+    draw_runs,
     load_agent,
     load_checkpoint,
+    read_column,
+    read_config,
     save_checkpoint,
     stop_after_step,
     watch,
@@ -277,11 +280,43 @@ def test_evaluations_and_the_best(through):
     assert load_checkpoint(through.dir / "best.pt")["steps"]["train"] == best["step"]
     for e in through.evaluations: assert e["score"] == pytest.approx(100 * (e["return"] + 1) / 2)
     with open(through.dir / "evaluations.csv") as f: rows = list(csv.DictReader(f))
-    assert [{k: float(x) for k, x in row.items()} for row in rows] == through.evaluations
+    assert [list(row.values()) for row in rows] == [["" if x is None else str(x) for x in e.values()]
+                                                    for e in through.evaluations]
+    assert all((e["env"], e["how"], e["num_actions"]) == (None, "best", 2) for e in through.evaluations)
     none = finish(env=None)
     assert same_agent(none.agent, through.agent) and not none.evaluations
     with pytest.raises(RunError, match="no environment"): none.evaluate()
     assert [e["step"] for e in finish(eval_every=0).evaluations] == [40], "0: only at the end"
+
+
+def test_another_way_to_play_begins_another_comparison(through, tmp_path):
+    finish(tmp_path, train_steps=20)
+    stopped = (tmp_path / "evaluations.csv").read_text()
+    other = finish(tmp_path, how="sample", num_actions=5)          # resumed, and judged otherwise
+    assert (tmp_path / "metrics.csv").read_text() == (through.dir / "metrics.csv").read_text()
+    assert (tmp_path / "evaluations.csv").read_text().startswith(stopped)
+    assert [(e["how"], e["num_actions"]) for e in other.evaluations] == [("best", 2)] * 2 + [("sample", 1)] * 2
+    new = other.evaluations[2:]
+    assert load_checkpoint(tmp_path / "best.pt")["steps"]["train"] == max(new, key=lambda e: e["return"])["step"]
+    assert read_column(tmp_path, "return") == {e["step"]: e["return"] for e in new}
+    assert [line.get_label() for line in draw_runs([tmp_path, through.dir]).axes[2].lines] == [
+        "toy, how sample, num_actions 5", "toy, how best, num_actions 2"]
+    # what an older release wrote goes on in the columns of this one
+    for e in (state := load_checkpoint(tmp_path))["evaluations"]: del e["env"], e["how"], e["num_actions"]
+    save_checkpoint(tmp_path / "last.pt", state)
+    (tmp_path / "evaluations.csv").write_text("step,episodes,return,std,success,score\n10,3,0,0,0,0\n")
+    finish(tmp_path, train_steps=50, how="sample")
+    with open(tmp_path / "evaluations.csv") as f: rows = list(csv.DictReader(f))
+    assert [(r["step"], r["how"]) for r in rows] == [(str(k), "") for k in (10, 20, 30, 40)] + [("50", "sample")]
+    assert [float(r["return"]) for r in rows[:4]] == [e["return"] for e in state["evaluations"]]
+
+
+def test_the_number_of_threads_is_noted(tmp_path):
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        start(tmp_path, env=None)
+    torch.set_num_threads(1)
+    assert [v["threads"] for v in read_config(tmp_path)["versions"]] == [1, 2]
 
 
 def test_rows_are_averages_of_what_the_agent_reports(through, monkeypatch):
