@@ -111,6 +111,7 @@ class Train:
     data: str | None = None               # HDF5 file in D4RL's layout, Minari's id, or D4RL's name; default: the task's
     env: str | None = None                # where to play: Gymnasium's id, package:id or none; default: task's or data's
     seed: int | None = None               # of everything; short for --train.seed
+    compile: Literal["off", "default", "cudagraph"] | None = None  # make updates faster; short for --train.compile
     run_dir: Path | None = None           # where to keep the run; default runs/NAME-SEED
     reward: Literal["none", "locomotion", "antmaze"] | None = None  # x 1, 1000 / range, 100; default: task's or none
     threads: int | None = None            # of torch on the CPU; default: torch decides
@@ -145,7 +146,8 @@ def open_run(command: Train):  # with `train` and `algorithm`
     from bdpo_lit.data import D4RL_TASKS, reference_scores, scale_reward
     from bdpo_lit.tasks import d4rl_task, env_maker, recorded_env
     from bdpo_lit.training import RunError, Training
-    c, config = command, command.train if command.seed is None else replace(command.train, seed=command.seed)
+    c, short = command, dict(seed=command.seed, compile=command.compile)
+    config = replace(c.train, **{k: x for k, x in short.items() if x is not None})
     if not c.task and not c.data: raise RunError("what shall be learnt? Give --task NAME or --data PATH_OR_ID")
     task = find_task(c.task) if c.task else d4rl_task(c.data) if c.data in D4RL_TASKS else None
     source, env = c.data or task.data, c.env or (task.env if task else None)
@@ -169,9 +171,12 @@ def open_run(command: Train):  # with `train` and `algorithm`
 # %% ../nbs/16_command_line.ipynb #cf9c2f33
 def train(command: Train):
     "Run it behind a bar, from where it is to its end or to Ctrl-C."
+    from bdpo_lit.speed import keep_memory
     from bdpo_lit.training import comparable, watch
     if command.threads is not None: _use_threads(command.threads)
     run = open_run(command)
+    if run.config.compile != "off":
+        print(f"updates: {run.accelerated}" + (", memory kept" if keep_memory() else ""))
     d, steps, c, a = run.data, run.steps, run.config, run.algorithm
     print(f"{len(d)} transitions of {d.meta['id']}, rewards x {d.meta['reward_scale']:.4g}; "
           + ("played in " + (run.make_env.spec.id if run.make_env else "no environment: give --env to see scores")))

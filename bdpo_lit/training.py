@@ -37,6 +37,7 @@ from .bdpo import BDPO, BDPOConfig
 from .data import Batch, DataError, Scaling, Transitions
 from .evaluation import evaluate as play_episodes
 from .evaluation import normalized_score, vectorize
+from .speed import MODES, accelerate
 from .style import use_style
 
 # %% ../nbs/14_training.ipynb #14-006
@@ -55,6 +56,7 @@ class TrainConfig:
     num_actions: int = 10            # candidates per decision
     save_every: int = 50_000         # updates between checkpoints (one is always written at the end)
     normalize_obs: bool = False      # standardise the observations (off in the paper)
+    compile: str = "off"             # "off", "default", or "cudagraph" (GPU): same updates, less time (chapter 10b)
 
     def __post_init__(self):
         least = dict(pretrain_steps=0, train_steps=0, batch_size=1, seed=0, log_every=1, eval_every=0, eval_episodes=1,
@@ -67,6 +69,8 @@ class TrainConfig:
             raise ValueError("pretrain_steps and train_steps are both 0, so there is nothing to do; give one of them")
         if self.how not in ("best", "sample", "softmax"):
             raise ValueError(f"how must be 'best', 'sample' or 'softmax', got {self.how!r}")
+        if self.compile not in MODES:
+            raise ValueError(f"compile must be {', '.join(map(repr, MODES[:-1]))} or {MODES[-1]!r}, got {self.compile!r}")
 
 # %% ../nbs/14_training.ipynb #14-010
 METRICS = {  # name: (what, equation, healthy)
@@ -308,6 +312,8 @@ class Training:
         self.whole = True                                        # False while an update is half made
         self.dir = None if run_dir is None else Path(run_dir)
         if self.dir is not None: self._open(resume, _identity(data), about or {})
+        example = self.data.sample(config.batch_size, torch.Generator(device))          # draws nothing from `order`
+        self.accelerated = accelerate(self.agent, config.compile, example)              # what was done, in words
 
     @property
     def finished(self) -> bool:
@@ -470,7 +476,8 @@ def _plain(config) -> dict:
 
 
 # %% ../nbs/14_training.ipynb #14-065
-_MAY_CHANGE = {"train_steps", "log_every", "eval_every", "eval_episodes", "save_every", "device", "how", "num_actions"}
+_MAY_CHANGE = {"train_steps", "log_every", "eval_every", "eval_episodes", "save_every", "device", "how", "num_actions",
+               "compile"}
 _MEANT = {  # names that need an explanation, in a message
     "id": "the data set's id", "transitions": "the number of transitions",
     "crc32": "the checksum of its numbers, rewards as scaled, crc32"}
