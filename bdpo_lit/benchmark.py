@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'KINDS', 'KNOBS', 'REPEATS', 'PARTS', 'contender', 'matmul_peak', 'serve', 'Worker', 'torch_worker',
-           'interleave', 'ratios', 'cycle_ratio', 'machine', 'contest', 'scaling', 'seeds_at_once', 'bench', 'table']
+           'jax_worker', 'interleave', 'ratios', 'cycle_ratio', 'machine', 'contest', 'scaling', 'seeds_at_once',
+           'bench', 'table']
 
 # %% ../nbs/15d_benchmark.ipynb #15d-003
-import copy
 import json
 import platform
 import resource
@@ -106,12 +106,6 @@ class Worker:
         if "error" in answer: raise RuntimeError(answer["error"])
         return answer
 
-    def agent(self, name: str) -> "Worker":
-        "The same process, asked about one of its agents."
-        one = copy.copy(self)
-        one.prefix = f"{name} "
-        return one
-
     def __enter__(self): return self
 
     def __exit__(self, *exc):
@@ -122,6 +116,15 @@ def torch_worker(**options) -> Worker:   # as `serve`
     "This package in another process."
     code = "import sys, json; from bdpo_lit.benchmark import serve; serve(**json.loads(sys.argv[1]))"
     return Worker([sys.executable, "-c", code, json.dumps(options)])
+
+def jax_worker(peer: list[str],  # command that starts bench/jax_peer.py
+               agent: str,       # of the peer
+               threads: int,     # cores
+               *options: str,    # of the peer
+              ) -> Worker:
+    "The JAX code in another process."
+    about = ["--threads", str(threads), "--agents", agent, "--ops", ",".join(UPDATES)]
+    return Worker([*peer, *about, *options], prefix=f"{agent} ")
 
 # %% ../nbs/15d_benchmark.ipynb #15d-007
 def interleave(contenders: dict[str, Worker],  # by name
@@ -181,11 +184,8 @@ def contest(size: str,                       # one of `SIZES`
     with ExitStack() as stack:
         ours = {name: stack.enter_context(torch_worker(size=size, device=device, threads=threads, **options))
                 for name, options in ways.items()}
-        theirs = {}
-        if peer and agents:
-            jax = [*peer, "--preset", size, "--threads", str(threads), "--agents", *agents]
-            jax = stack.enter_context(Worker(jax))
-            theirs = {f"jax {name}": jax.agent(name) for name in agents}
+        theirs = {f"jax {name}": stack.enter_context(jax_worker(peer, name, threads, "--preset", size))
+                  for name in (agents if peer else ())}
         answers = interleave(ours | theirs, {op: REPEATS[op] for op in UPDATES}, rounds)
         whole = interleave(ours, {op: REPEATS[op] for op in ("cycle", "act")}, rounds)
         result = ratios(answers, "plain", clock)
@@ -201,7 +201,7 @@ def scaling(device: str = "cpu",             # where
             rounds: int = 3,                 # that count
             peer: list[str] | None = None,   # command of the JAX peer, for N alone
             agents: Sequence[str] = (),      # of the peer
-            peer_steps: Sequence[int] = (5, 20, 50),  # N of the peer, which compiles long
+            peer_steps: Sequence[int] = (5, 20),  # N of the peer, which compiles long
            ) -> list[dict]:
     "How an update's time grows with N, K, M, batch and width: ratios to ours at the paper's locomotion size."
     ops, clock, rows = {op: REPEATS[op] for op in UPDATES}, "wall" if device == "cuda" else "cpu", []
@@ -215,8 +215,7 @@ def scaling(device: str = "cpu",             # where
                 with torch_worker(device=device, memory=True, **{knob: value}) as w: add(knob, value, dict(BDPO=w))
         for n in peer_steps if peer else ():
             for name in agents:
-                with Worker([*peer, "--threads", "1", "--steps", str(n), "--agents", name]) as w:
-                    add("steps", n, {f"jax {name}": w.agent(name)})
+                with jax_worker(peer, name, 1, "--steps", str(n)) as w: add("steps", n, {f"jax {name}": w})
     return rows
 
 def seeds_at_once(device: str = "cpu", seeds: int = 5, rounds: int = 5) -> dict:
@@ -244,10 +243,11 @@ def bench(out: str | Path,                        # JSON file; its parts are wri
     "All measurements, each contender in a process of its own. Leave the machine alone meanwhile."
     path = Path(out)
     result = json.loads(path.read_text()) if path.exists() else {}
+    bdpo = [a for a in agents if a == "bdpo"]   # the others take very long to compile at N = 50
     todo = dict(locomotion=lambda: contest("locomotion", device, rounds, 1, peer, agents),
                 scaling=lambda: scaling(device, max(2, rounds // 2), peer, agents),
                 seeds=lambda: seeds_at_once(device, rounds=max(2, rounds - 2)),
-                toy2d=lambda: contest("toy2d", device, max(2, rounds // 2), 1, peer, set(agents) & {"bdpo"}),
+                toy2d=lambda: contest("toy2d", device, max(2, rounds // 2), 1, peer, bdpo),
                 threads=lambda: contest("locomotion", device, max(2, rounds // 2), 2, peer, agents))
     for name in parts:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
