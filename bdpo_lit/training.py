@@ -70,7 +70,7 @@ class TrainConfig:
         if self.how not in ("best", "sample", "softmax"):
             raise ValueError(f"how must be 'best', 'sample' or 'softmax', got {self.how!r}")
         if self.compile not in MODES:
-            raise ValueError(f"compile must be {', '.join(map(repr, MODES[:-1]))} or {MODES[-1]!r}, got {self.compile!r}")
+            raise ValueError(f"compile must be 'off', 'default' or 'cudagraph', got {self.compile!r}")
 
 # %% ../nbs/14_training.ipynb #14-010
 METRICS = {  # name: (what, equation, healthy)
