@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'CHECKPOINT', 'TrainConfig', 'attainable', 'limits', 'warning_signs', 'RunError', 'append_json',
            'save_checkpoint', 'load_checkpoint', 'pick_device', 'load_agent', 'stop_after_step', 'Progress', 'Training',
-           'TrainingDiverged', 'comparable', 'watch', 'read_config', 'read_column', 'draw_runs']
+           'TrainingDiverged', 'comparable', 'run_together', 'watch', 'read_config', 'read_column', 'draw_runs']
 
 # %% ../nbs/14_training.ipynb #14-003
 import csv
@@ -21,7 +21,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
@@ -37,7 +37,7 @@ from .bdpo import BDPO, BDPOConfig
 from .data import Batch, DataError, Scaling, Transitions
 from .evaluation import evaluate as play_episodes
 from .evaluation import normalized_score, vectorize
-from .speed import MODES, accelerate
+from .speed import MODES, Fleet, accelerate
 from .style import use_style
 
 # %% ../nbs/14_training.ipynb #14-006
@@ -434,6 +434,17 @@ def _judge(self: Training) -> dict:
 
 # %% ../nbs/14_training.ipynb #14-051
 @patch
+def _account(self: Training, phase: str, total: int, metrics: dict) -> Progress:
+    "After an update: count it, log, evaluate and save when it is time."
+    known = len(self.warnings)
+    self.steps[phase] += 1
+    row = self._log(phase, total, metrics)
+    self.whole = True
+    played = self._judge() if phase == "train" and self._evaluation_due() else None
+    if self.steps[phase] % self.config.save_every == 0: self.save()
+    return Progress(phase, self.steps[phase], total, row, played, tuple(self.warnings[known:]))
+
+@patch
 def run(self: Training) -> Iterator[Progress]:
     "Make all updates that are left, yielding after each. Saves when closed, or when the consumer stops asking."
     if not self.whole: raise RunError("an update was interrupted half-way; make a new Training with resume=True")
@@ -444,14 +455,8 @@ def run(self: Training) -> Iterator[Progress]:
                                      ("train", agent.update, c.train_steps)):
             if phase == "train" and self.steps["train"] == 0: agent.start_actor()
             while self.steps[phase] < total:
-                self.whole, known = False, len(self.warnings)
-                metrics = update(self.data.sample(c.batch_size, self.order))
-                self.steps[phase] += 1
-                row = self._log(phase, total, metrics)
-                self.whole = True
-                played = self._judge() if phase == "train" and self._evaluation_due() else None
-                if self.steps[phase] % c.save_every == 0: self.save()
-                yield Progress(phase, self.steps[phase], total, row, played, tuple(self.warnings[known:]))
+                self.whole = False
+                yield self._account(phase, total, update(self.data.sample(c.batch_size, self.order)))
     finally:
         if self.whole: self.save()  # a half-made update is not worth keeping: the checkpoint before it is
 
@@ -567,6 +572,36 @@ def _forget(path: Path,       # a CSV file; it need not exist
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     kept = [line for line, row in zip(lines[1:], csv.DictReader(lines)) if not what(row)]
     _replace(path, "".join(lines[:1] + kept).encode() if kept else b"")
+
+# %% ../nbs/14_training.ipynb #14-083b
+def run_together(trainings: Sequence[Training],      # alike but for seed and directory, and equally far
+                ) -> Iterator[tuple[Progress, ...]]: # one for each run
+    "All updates that are left of several runs, as one batched program. Saves as `Training.run`. Raises `RunError`."
+    one, c = trainings[0], trainings[0].config
+    for t in trainings:
+        if (replace(t.config, seed=c.seed), t.algorithm, t.steps) != (c, one.algorithm, one.steps):
+            raise RunError("runs that train together may differ in seed and directory only, and must be equally far")
+    agents = [t.agent for t in trainings]
+    fleet, whole = Fleet(agents), lambda: all(t.whole for t in trainings)
+    if not whole(): raise RunError("an update was interrupted half-way; make new runs with resume=True")
+    try:
+        for phase, total in (("pretrain", c.pretrain_steps), ("train", c.train_steps)):
+            if phase == "train" and one.steps["train"] == 0:
+                fleet.give_back()
+                for a in agents: a.start_actor()
+                fleet = Fleet(agents)
+            update = fleet.update_behavior if phase == "pretrain" else fleet.update
+            while (step := one.steps[phase]) < total:
+                for t in trainings: t.whole = False
+                metrics = update([t.data.sample(c.batch_size, t.order) for t in trainings])
+                if step + 1 == total or any(n and (step + 1) % n == 0 for n in (c.eval_every, c.save_every)):
+                    fleet.give_back()   # the agents are about to be played or saved
+                yield tuple(t._account(phase, total, {k: x[s] for k, x in metrics.items()})
+                            for s, t in enumerate(trainings))
+    finally:
+        if whole():
+            fleet.give_back()
+            for t in trainings: t.save()
 
 # %% ../nbs/14_training.ipynb #14-084
 def watch(training: Training,                                              # the run
