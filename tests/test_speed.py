@@ -1,4 +1,4 @@
-"""Every faster way of computing an update equals the plain one; what is missing is said; the benchmark's files are sound."""
+"""Every faster way of computing an update equals the plain one, and the benchmark measures what it says."""
 
 import copy
 import json
@@ -102,7 +102,8 @@ def start(run_dir, **changes):
     b = synthetic_batch(64, 3, 2)
     data = Transitions(b.obs, b.action * (1 - 1e-3), *b[2:], torch.arange(64) // 8)
     plan = TrainConfig(pretrain_steps=5, train_steps=8, batch_size=16, log_every=2, save_every=3, device="cpu")
-    return Training(data, replace(plan, **changes), BDPOConfig(**TINY, warmup_steps=2, actor_every=2), None, run_dir, True)
+    algorithm = BDPOConfig(**TINY, warmup_steps=2, actor_every=2)
+    return Training(data, replace(plan, **changes), algorithm, None, run_dir, resume=True)
 
 
 def test_a_compiled_run_resumes_to_the_same_bits_and_may_go_on_eager(tmp_path):
