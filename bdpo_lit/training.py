@@ -581,7 +581,7 @@ def run_together(trainings: Sequence[Training],      # alike but for seed and di
     for t in trainings:
         if (replace(t.config, seed=c.seed), t.algorithm, t.steps) != (c, one.algorithm, one.steps):
             raise RunError("runs that train together may differ in seed and directory only, and must be equally far")
-    if c.compile != "off": raise RunError("runs that train together are neither compiled nor recorded; set compile to 'off'")
+    if c.compile != "off": raise RunError("runs that train together are not compiled; set compile to 'off'")
     agents = [t.agent for t in trainings]
     fleet, whole = Fleet(agents), lambda: all(t.whole for t in trainings)
     if not whole(): raise RunError("an update was interrupted half-way; make new runs with resume=True")
