@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 from fastcore.basics import patch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from .actor import actor_loss
 from .behavior import noise_prediction_loss
@@ -113,8 +113,10 @@ class Learner:
 
     def state_dict(self) -> dict:
         "Tensors and numbers only."
+        optimizer = self.optimizer.state_dict()
+        for group in optimizer["param_groups"]: group |= dict(lr=float(group["lr"]), capturable=False)
         return dict(net=self.net.state_dict(), target=self.target.state_dict(),
-                    optimizer=self.optimizer.state_dict(), updates=self.updates)
+                    optimizer=optimizer, updates=self.updates)
 
     def load_state_dict(self, state: dict):
         "Take up a saved state."
@@ -171,7 +173,9 @@ def draw(self: BDPO, batch, what: str) -> dict[str, Tensor]:
 
 # %% ../nbs/10_bdpo.ipynb #10-018
 @patch
-def behavior_loss(self: BDPO, batch, n, eps) -> Float[Tensor, ""]:
+def behavior_loss(self: BDPO, batch,
+                  n: Int[Tensor, "B"], eps: Float[Tensor, "B A"],  # diffusion steps, and noise of the actions
+                 ) -> Float[Tensor, ""]:
     "Eq. (9)."
     return noise_prediction_loss(self.behavior.net, batch.obs, batch.action, n, eps, self.sched)
 
@@ -189,7 +193,10 @@ def start_actor(self: BDPO):
 
 # %% ../nbs/10_bdpo.ipynb #10-019b
 @patch
-def look_ahead(self: BDPO, batch, x_N=None, walk=None) -> tuple[Tensor, dict[str, Tensor]]:
+def look_ahead(self: BDPO, batch,
+               x_N: Float[Tensor, "B M A"] | None = None,     # where the paths start
+               walk: Float[Tensor, "N B M A"] | None = None,  # noise of their steps
+              ) -> tuple[Float[Tensor, "B"], dict[str, Tensor]]:
     "Target of Q, Eq. (13), from M paths at the next state, and their price."
     c = self.config
     if c.gamma == 0: return batch.reward, {}                   # a bandit: nothing follows, so nothing is walked
@@ -201,7 +208,10 @@ def look_ahead(self: BDPO, batch, x_N=None, walk=None) -> tuple[Tensor, dict[str
 
 # %% ../nbs/10_bdpo.ipynb #10-022
 @patch
-def one_step(self: BDPO, batch, n, eps, noise) -> dict:
+def one_step(self: BDPO, batch,
+             n: Int[Tensor, "B"], eps: Float[Tensor, "B A"],  # diffusion steps, and noise of the actions
+             noise: Float[Tensor, "B M A"],                   # of the M reverse steps
+            ) -> dict:
     "What `step_value` and `actor_loss` need beside the actor: slow copies, noised actions, settings."
     c = self.config
     return dict(behavior=self.behavior.target, q=self.q.target, v=self.v.target, obs=batch.obs, n=n,
@@ -210,7 +220,9 @@ def one_step(self: BDPO, batch, n, eps, noise) -> dict:
 
 # %% ../nbs/10_bdpo.ipynb #10-020
 @patch
-def critic_losses(self: BDPO, batch, n, eps, noise, x_N=None, walk=None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def critic_losses(self: BDPO, batch, n, eps, noise,  # as `one_step`
+                  x_N=None, walk=None,               # as `look_ahead`
+                 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], dict[str, Tensor]]:
     "Eq. (19) for Q and for V_n, and metrics."
     target, ahead = self.look_ahead(batch, x_N, walk)          # upper clock, Eq. (13)
     q = self.q.net(batch.obs, batch.action)
@@ -230,7 +242,8 @@ def update_critics(self: BDPO, batch) -> dict[str, Tensor]:
 
 # %% ../nbs/10_bdpo.ipynb #10-024
 @patch
-def actor_losses(self: BDPO, batch, n, eps, noise) -> tuple[Tensor, dict[str, Tensor]]:
+def policy_loss(self: BDPO, batch, n, eps, noise,   # as `one_step`
+               ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     "Minus the objective of Eq. (16), and metrics."
     loss, penalty = actor_loss(self.actor.net, **self.one_step(batch, n, eps, noise))
     return loss, {"actor/loss": loss.detach(), "actor/penalty": penalty}
@@ -238,7 +251,7 @@ def actor_losses(self: BDPO, batch, n, eps, noise) -> tuple[Tensor, dict[str, Te
 @patch
 def update_actor(self: BDPO, batch) -> dict[str, Tensor]:
     "One step of Eq. (16) for pi."
-    loss, metrics = self.actor_losses(batch, **self.draw(batch, "actor"))
+    loss, metrics = self.policy_loss(batch, **self.draw(batch, "actor"))
     return metrics | {"actor/grad_norm": self.actor.step(loss)}
 
 # %% ../nbs/10_bdpo.ipynb #10-026
@@ -331,7 +344,8 @@ def state_dict(self: BDPO) -> dict:
 
 @patch
 def load_state_dict(self: BDPO, state: dict):
-    "Take up a saved state."
+    "Take up a saved state. Raises `RuntimeError` where updates are recorded: they would go on in the old memory."
+    if "update" in vars(self): raise RuntimeError("load a saved state before the updates are recorded, not after")
     self.updates = state["updates"]
     self.generator.set_state(state["generator"].cpu())
     self.set_scaling(**state["scaling"])

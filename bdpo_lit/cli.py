@@ -55,7 +55,8 @@ def _collect(what: str, dataset_id: str | None = None, **kwargs):
         raise RunError(f"'{dataset_id}' cannot name a data set; 'mine/maze-v0' could") from None
     try: return collect(dataset_id=dataset_id, **kwargs)
     except OSError as e:
-        raise RunError(f"cannot write {e.filename}: {e.strerror}; data sets go where MINARI_DATASETS_PATH says") from e
+        what = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else f"the data set: {e}"
+        raise RunError(f"cannot write {what}; data sets go where MINARI_DATASETS_PATH says") from e
 
 @dataclass
 class Describe:

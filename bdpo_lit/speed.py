@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Batch', 'UPDATES', 'MODES', 'plain', 'plain_time', 'plain_eps', 'plain_q', 'plain_v', 'PlainBDPO', 'synthetic_batch',
-           'rough', 'gradients', 'ByteCounter', 'work', 'fused_bend', 'use_bend', 'keep_memory', 'Recorded',
-           'prepare_for_recording', 'unchanged', 'accelerate', 'Fleet']
+           'rough', 'gradients', 'ByteCounter', 'work', 'compiler_trouble', 'fused_bend', 'use_bend', 'keep_memory',
+           'Recorded', 'prepare_for_recording', 'unchanged', 'accelerate', 'Fleet']
 
 # %% ../nbs/10b_speed.ipynb #10b-003
 import copy
@@ -104,7 +104,7 @@ class PlainBDPO(BDPO):
         q_loss, v_loss = (q - target).square().mean(), (v - v_target).square().mean()
         return q_loss, v_loss, {"q/loss": q_loss.detach(), "v/loss": v_loss.detach()}
 
-    def actor_losses(self, batch, n, eps, noise):
+    def policy_loss(self, batch, n, eps, noise):
         loss = -self._lower(self.actor.net, batch, n, eps, noise)[0].mean()
         return loss, {"actor/loss": loss.detach()}
 
@@ -126,14 +126,14 @@ def rough(agent: BDPO, dtype: torch.dtype = torch.float64) -> BDPO:
     for learner in _learners(agent).values():
         for net in (learner.net, learner.target):
             net.to(dtype)
-            for p in net.parameters(): p.data += 0.1 * torch.randn(p.shape, generator=g, dtype=dtype)
+            for p in net.parameters(): p.data += 0.1 * torch.randn(p.shape, generator=g, dtype=dtype).to(p.device)
     agent.sched = agent.sched.to(dtype)
     return agent
 
 def gradients(agent: BDPO, batch: Batch, draws: dict[str, dict]) -> dict[str, Tensor]:
     "All losses of one update, and the gradients of all four networks."
     q_loss, v_loss, _ = agent.critic_losses(batch, **draws["critics"])
-    losses = dict(q=q_loss, v=v_loss, actor=agent.actor_losses(batch, **draws["actor"])[0],
+    losses = dict(q=q_loss, v=v_loss, actor=agent.policy_loss(batch, **draws["actor"])[0],
                   behavior=agent.behavior_loss(batch, **draws["behavior"]))
     out = {f"{name}/loss": loss.detach() for name, loss in losses.items()}
     for name, loss in losses.items():
@@ -182,6 +182,17 @@ def _fused_norm_mish(h, gain, shift): return _fused_mish(F.layer_norm(h, h.shape
 @cache
 def _compiled(f): return torch.compile(f, dynamic=True)   # one program for all sizes
 
+@cache
+def compiler_trouble(device: str = "cpu") -> str:   # as torch names it
+    "What goes wrong when `torch.compile` is tried here; empty if it works."
+    try:
+        x, one = torch.zeros(2, 3, 8, device=device, requires_grad=True), torch.ones(2, 1, 8, device=device)
+        (_compiled(_fused_mish)(x) + _compiled(_fused_norm_mish)(x, one, one)).sum().backward()
+    except Exception as e: return _first_line(e)   # no C++ compiler, no Triton: many kinds
+    return ""
+
+def _first_line(e): return (str(e).strip() or type(e).__name__).splitlines()[0][:100]
+
 def fused_bend(norm: nn.Module,             # as `bend`
                h: Float[Tensor, "K *B H"],  # as `bend`
               ) -> Float[Tensor, "K *B H"]:
@@ -196,7 +207,7 @@ def use_bend(agent: BDPO, f: Callable):
     for net in (*nets, agent.actor.target, agent.behavior.target): net.mlp.bend = f
 
 # %% ../nbs/10b_speed.ipynb #10b-022
-def keep_memory(keep: bool = True,   # False: back to glibc's defaults
+def keep_memory(keep: bool = True,   # False: return it again, by glibc's initial thresholds
                ) -> bool:            # whether it took effect
     "Let this process keep freed memory instead of returning it to the system (glibc only)."
     if platform.libc_ver()[0] != "glibc": return False
@@ -206,54 +217,58 @@ def keep_memory(keep: bool = True,   # False: back to glibc's defaults
 
 # %% ../nbs/10b_speed.ipynb #10b-025
 class Recorded:
-    "Replays an agent's updates as CUDA graphs: nu alone, both critics, and a whole pass with pi and nu."
-    KINDS = (("behavior",), ("critics",), ("critics", "actor", "behavior"))
+    "Replays an agent's updates as CUDA graphs: of nu, of the critics, of pi, and a whole pass with all three."
+    KINDS = (("behavior",), ("critics",), ("actor",), ("critics", "actor", "behavior"))
     LEARNERS = dict(behavior=("behavior",), critics=("q", "v"), actor=("actor",))
 
     def __init__(self, agent: BDPO,  # on a GPU
                  batch):             # of the size that all batches will have
-        self.agent, self.batch = agent, type(batch)(*(x.clone() for x in batch))
-        agent.fixed = True
-        for learner in _learners(agent).values():
-            prepare_for_recording(learner)
-            learner.step = learner.descend    # the rate is set before a replay, from outside
-        with unchanged(agent):                # warm up: compile, allocate, choose algorithms
-            side = torch.cuda.Stream(agent.device)
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3): self._body(self.KINDS[-1])
-            torch.cuda.current_stream().wait_stream(side)
-        self.graphs = {}
-        for kind in self.KINDS:
-            graph = torch.cuda.CUDAGraph()
-            graph.register_generator_state(agent.generator)
-            with torch.cuda.graph(graph):
-                metrics = self._body(kind)
-                values = torch.stack([x.float() for x in metrics.values()])
-            self.graphs[kind] = graph, tuple(metrics), values
+        self.agent, self.batch, self.graphs = agent, type(batch)(*(x.clone() for x in batch)), {}
+        learners, side = _learners(agent).values(), torch.cuda.Stream(agent.device)
+        for learner in learners: prepare_for_recording(learner)
+        try:
+            agent.fixed = True
+            for learner in learners: learner.step = learner.descend    # rates are set before a replay, from outside
+            with torch.cuda.device(agent.device), unchanged(agent):
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):                          # warm up: compile, allocate, choose algorithms
+                    for _ in range(3): self._body(self.KINDS[-1])
+                torch.cuda.current_stream().wait_stream(side)
+                for kind in self.KINDS: self._record(kind, side)
+        finally:
+            for learner in learners: del learner.step
+
+    def _record(self, kind, stream):
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.agent.generator)
+        with torch.cuda.graph(graph, stream=stream):
+            metrics = self._body(kind)
+            values = torch.stack([x.float() for x in metrics.values()])
+        self.graphs[kind] = graph, tuple(metrics), values
 
     def _body(self, kind):
         metrics = {}
         for what in kind: metrics |= getattr(BDPO, f"update_{what}")(self.agent, self.batch)
         return metrics
 
-    def replay(self, kind: tuple[str, ...], batch) -> dict[str, Tensor]:
+    def _replay(self, batch, *kind):
         "One update of this kind; metrics."
         graph, names, values = self.graphs[kind]
         for old, new in zip(self.batch, batch): old.copy_(new)
         for what in kind:
             for name in self.LEARNERS[what]: getattr(self.agent, name).schedule()
-        graph.replay()
+        with torch.cuda.device(self.agent.device): graph.replay()
         return dict(zip(names, values.clone().unbind()))   # the next replay overwrites them
-
-    def update_behavior(self, batch) -> dict[str, Tensor]:
-        "As `BDPO.update_behavior`."
-        return self.replay(self.KINDS[0], batch)
 
     def update(self, batch) -> dict[str, Tensor]:
         "As `BDPO.update`."
         self.agent.updates += 1
-        return self.replay(self.KINDS[2 if self.agent.actor_due() else 1], batch)
+        return self._replay(batch, *self.KINDS[-1] if self.agent.actor_due() else self.KINDS[1])
+
+    def take_over(self):
+        "From now on the agent's own methods replay."
+        self.agent.update = self.update
+        for what in self.LEARNERS: setattr(self.agent, f"update_{what}", lambda b, what=what: self._replay(b, what))
 
 def prepare_for_recording(learner):
     "Put the learning rate and Adam's memory where a recorded update will find them."
@@ -294,29 +309,24 @@ def accelerate(agent: BDPO,         # whose updates to make faster, from now on
                mode: str = "off",   # "off", "default" (compile), or "cudagraph" (compile and record; GPU)
                batch=None,          # cudagraph: one batch of the size to come
               ) -> str:             # what was done, in words
-    "Make updates faster. Raises `ValueError` for an unknown mode."
+    "Make updates faster; load a saved state before. Raises `ValueError` for an unknown mode."
     if mode not in MODES: raise ValueError(f"compile must be one of {', '.join(MODES)}, got {mode!r}")
     if mode == "off": return "eager"
-    said = []
+    trouble = compiler_trouble(str(agent.device))
+    use_bend(agent, bend if trouble else fused_bend)
+    said = f"eager: torch.compile does not work here ({trouble})" if trouble else "activations compiled"
+    if mode == "default": return said
+    if agent.device.type != "cuda": return f"{said}, nothing recorded: CUDA graphs need a GPU"
+    if batch is None: raise ValueError("to record updates a batch is needed, of the size to come")
+    draws, stream = agent.generator.get_state(), torch.cuda.current_stream(agent.device)
     try:
-        use_bend(agent, fused_bend)
-        obs, action = (torch.zeros(2, d, device=agent.device) for d in (agent.obs_dim, agent.action_dim))
-        with torch.no_grad(): agent.q.target(obs, action)
-        said.append("activations compiled")
-    except Exception as e:   # no C++ compiler, no Triton: many kinds
-        use_bend(agent, bend)
-        said.append(f"eager: torch.compile does not work here ({str(e).strip().splitlines()[0][:100]})")
-    if mode == "cudagraph" and agent.device.type != "cuda": said.append("nothing recorded: CUDA graphs need a GPU")
-    elif mode == "cudagraph":
-        try:
-            recorded = Recorded(agent, batch)
-            agent.update, agent.update_behavior = recorded.update, recorded.update_behavior
-            said.append("updates recorded as CUDA graphs")
-        except RuntimeError as e:
-            agent.fixed = False
-            for learner in _learners(agent).values(): vars(learner).pop("step", None)
-            said.append(f"nothing recorded ({str(e).strip().splitlines()[0][:100]})")
-    return ", ".join(said)
+        Recorded(agent, batch).take_over()
+        return f"{said}, updates recorded as CUDA graphs"
+    except RuntimeError as e:
+        torch.cuda.set_stream(stream)   # a broken recording leaves its own behind
+        agent.fixed, agent.generator = False, torch.Generator(agent.device)
+        agent.generator.set_state(draws)
+        return f"{said}, nothing recorded ({_first_line(e)})"
 
 # %% ../nbs/10b_speed.ipynb #10b-032
 class _Losses(nn.Module):
@@ -371,6 +381,7 @@ class Fleet:
     "Several agents of one configuration trained as one batched program. `give_back` puts the results into the agents."
     def __init__(self, agents: Sequence[BDPO]):   # alike in all but seed and state, equally far
         one = agents[0]
+        if any("update" in vars(a) for a in agents): raise ValueError("agents whose updates are recorded train alone")
         for a in agents[1:]:
             if (a.config, a.obs_dim, a.action_dim, a.device) != (one.config, one.obs_dim, one.action_dim, one.device):
                 raise ValueError("agents that train together must have one configuration, one size and one device")
@@ -407,10 +418,10 @@ class Fleet:
         q, v, metrics = self._losses("critic_losses", "critics", batches)
         metrics |= {"q/grad_norm": self.learners["q"].step(q), "v/grad_norm": self.learners["v"].step(v)}
         if self.agents[0].actor_due():
-            loss, more = self._losses("actor_losses", "actor", batches)
+            loss, more = self._losses("policy_loss", "actor", batches)
             metrics |= more | {"actor/grad_norm": self.learners["actor"].step(loss)} | self.update_behavior(batches)
         return metrics
 
     def give_back(self):
-        "Copy parameters, slow copies and Adam's memory into the agents; training may go on afterwards."
+        "Copy parameters, slow copies and Adam's memory into the agents, which are out of date until then."
         for learner in self.learners.values(): learner.give_back()

@@ -312,8 +312,9 @@ class Training:
         self.whole = True                                        # False while an update is half made
         self.dir = None if run_dir is None else Path(run_dir)
         if self.dir is not None: self._open(resume, _identity(data), about or {})
-        example = self.data.sample(config.batch_size, torch.Generator(device))          # draws nothing from `order`
-        self.accelerated = accelerate(self.agent, config.compile, example)              # what was done, in words
+        # what was done to make updates faster, in words; the example draws nothing from `order`
+        example = self.data.sample(config.batch_size, torch.Generator(device))
+        self.accelerated = accelerate(self.agent, config.compile, example)
 
     @property
     def finished(self) -> bool:
@@ -434,15 +435,20 @@ def _judge(self: Training) -> dict:
 
 # %% ../nbs/14_training.ipynb #14-051
 @patch
-def _account(self: Training, phase: str, total: int, metrics: dict) -> Progress:
-    "After an update: count it, log, evaluate and save when it is time."
+def _count(self: Training, phase: str, total: int, metrics: dict) -> Progress:
+    "After an update: count it, and log."
     known = len(self.warnings)
     self.steps[phase] += 1
     row = self._log(phase, total, metrics)
     self.whole = True
-    played = self._judge() if phase == "train" and self._evaluation_due() else None
-    if self.steps[phase] % self.config.save_every == 0: self.save()
-    return Progress(phase, self.steps[phase], total, row, played, tuple(self.warnings[known:]))
+    return Progress(phase, self.steps[phase], total, row, warnings=tuple(self.warnings[known:]))
+
+@patch
+def _look_after(self: Training, p: Progress) -> Progress:
+    "Evaluate and save when it is time."
+    played = self._judge() if p.phase == "train" and self._evaluation_due() else None
+    if p.step % self.config.save_every == 0: self.save()
+    return replace(p, evaluation=played)
 
 @patch
 def run(self: Training) -> Iterator[Progress]:
@@ -456,7 +462,7 @@ def run(self: Training) -> Iterator[Progress]:
             if phase == "train" and self.steps["train"] == 0: agent.start_actor()
             while self.steps[phase] < total:
                 self.whole = False
-                yield self._account(phase, total, update(self.data.sample(c.batch_size, self.order)))
+                yield self._look_after(self._count(phase, total, update(self.data.sample(c.batch_size, self.order))))
     finally:
         if self.whole: self.save()  # a half-made update is not worth keeping: the checkpoint before it is
 
@@ -576,7 +582,9 @@ def _forget(path: Path,       # a CSV file; it need not exist
 # %% ../nbs/14_training.ipynb #14-083b
 def run_together(trainings: Sequence[Training],      # alike but for seed and directory, and equally far
                 ) -> Iterator[tuple[Progress, ...]]: # one for each run
-    "All updates that are left of several runs, as one batched program. Saves as `Training.run`. Raises `RunError`."
+    """All updates that are left of several runs, as one batched program. Saves as `Training.run`. Raises `RunError`.
+
+    Between evaluations, saves and the end the runs' agents are out of date: do not play or save them yourself."""
     one, c = trainings[0], trainings[0].config
     for t in trainings:
         if (replace(t.config, seed=c.seed), t.algorithm, t.steps) != (c, one.algorithm, one.steps):
@@ -586,6 +594,8 @@ def run_together(trainings: Sequence[Training],      # alike but for seed and di
     fleet, whole = Fleet(agents), lambda: all(t.whole for t in trainings)
     if not whole(): raise RunError("an update was interrupted half-way; make new runs with resume=True")
     try:
+        for t in trainings:
+            if t._evaluation_due(): t._judge()   # interrupted in an evaluation: make it now
         for phase, total in (("pretrain", c.pretrain_steps), ("train", c.train_steps)):
             if phase == "train" and one.steps["train"] == 0:
                 fleet.give_back()
@@ -595,12 +605,12 @@ def run_together(trainings: Sequence[Training],      # alike but for seed and di
             while (step := one.steps[phase]) < total:
                 for t in trainings: t.whole = False
                 metrics = update([t.data.sample(c.batch_size, t.order) for t in trainings])
+                made = [t._count(phase, total, {k: x[s] for k, x in metrics.items()}) for s, t in enumerate(trainings)]
                 if step + 1 == total or any(n and (step + 1) % n == 0 for n in (c.eval_every, c.save_every)):
                     fleet.give_back()   # the agents are about to be played or saved
-                yield tuple(t._account(phase, total, {k: x[s] for k, x in metrics.items()})
-                            for s, t in enumerate(trainings))
+                yield tuple(t._look_after(p) for t, p in zip(trainings, made))
     finally:
-        if whole():
+        if whole():   # all are equally far: an error in an evaluation comes after that
             fleet.give_back()
             for t in trainings: t.save()
 

@@ -1,4 +1,5 @@
 """The JAX side of `make bench`, as far as it goes without JAX: it says what is missing and how to get it."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ PEER = Path(__file__).resolve().parent.parent / "bench" / "jax_peer.py"
 
 def refusal(*args) -> str:
     "What the program says when it ends without having begun."
-    run = subprocess.run([sys.executable, PEER, *args], capture_output=True, text=True, timeout=60)
+    env = {k: x for k, x in os.environ.items() if k != "FLOWRL"}
+    run = subprocess.run([sys.executable, PEER, *args], capture_output=True, text=True, timeout=60, env=env)
     assert run.returncode == 1 and not run.stdout and "Traceback" not in run.stderr
     return run.stderr
 

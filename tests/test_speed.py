@@ -19,6 +19,7 @@ from bdpo_lit.speed import (
     PlainBDPO,
     Recorded,
     accelerate,
+    compiler_trouble,
     fused_bend,
     gradients,
     keep_memory,
@@ -30,6 +31,7 @@ from bdpo_lit.speed import (
 )
 from bdpo_lit.training import RunError, TrainConfig, Training, load_agent, load_checkpoint, run_together
 
+compiles = pytest.mark.skipif(bool(compiler_trouble()), reason="needs a C++ compiler")
 RESULTS = Path(__file__).parent.parent / "nbs" / "results"
 TINY = dict(num_critics=3, num_samples=4, actor_hidden=(16, 16), critic_hidden=(16, 16), time_dim=8)
 CASES = {
@@ -77,6 +79,7 @@ def test_a_difference_would_be_noticed():
         assert far(gradients(fast, batch, draws), reference) > 1e-6, change
 
 
+@compiles
 def test_compiled_activations_compute_the_same():
     for case in ("locomotion", "antmaze"):
         fast, plain, batch, draws = twins(**CASES[case])
@@ -87,6 +90,7 @@ def test_compiled_activations_compute_the_same():
 def test_without_a_compiler_the_agent_stays_eager_and_says_so(monkeypatch):
     def broken(f): raise RuntimeError("no compiler found\nand a long story")
     monkeypatch.setattr(speed, "_compiled", broken)
+    monkeypatch.setattr(speed, "compiler_trouble", speed.compiler_trouble.__wrapped__)   # not the remembered answer
     agent, batch = BDPO(3, 2, BDPOConfig(**TINY)), synthetic_batch(8, 3, 2)
     assert accelerate(agent, "default") == "eager: torch.compile does not work here (no compiler found)"
     agent.update(batch)
@@ -102,10 +106,11 @@ def start(run_dir, **changes):
     b = synthetic_batch(64, 3, 2)
     data = Transitions(b.obs, b.action * (1 - 1e-3), *b[2:], torch.arange(64) // 8)
     plan = TrainConfig(pretrain_steps=5, train_steps=8, batch_size=16, log_every=2, save_every=3, device="cpu")
-    algorithm = BDPOConfig(**TINY, warmup_steps=2, actor_every=2)
+    algorithm = BDPOConfig(**TINY, warmup_steps=2, actor_every=2, actor_lr=1e-3, ema=0.5)
     return Training(data, replace(plan, **changes), algorithm, None, run_dir, resume=True)
 
 
+@compiles
 def test_a_compiled_run_resumes_to_the_same_bits_and_may_go_on_eager(tmp_path):
     through = start(tmp_path / "through", compile="default")
     assert through.accelerated == "activations compiled"
@@ -118,6 +123,19 @@ def test_a_compiled_run_resumes_to_the_same_bits_and_may_go_on_eager(tmp_path):
     assert metrics[0] == metrics[1] and part.finished
     longer = start(tmp_path / "parts", train_steps=10)                  # the same run without the compiler
     assert longer.accelerated == "eager" and len(list(longer.run())) == 2
+
+
+def test_runs_together_stay_together_when_one_evaluation_fails(tmp_path, monkeypatch):
+    pair = [start(tmp_path / str(s), seed=s, eval_every=4) for s in range(2)]
+    for t in pair: monkeypatch.setattr(t, "_evaluation_due", lambda t=t: t.steps["train"] == 4)
+    monkeypatch.setattr(pair[0], "_judge", lambda: {})
+    monkeypatch.setattr(pair[1], "_judge", lambda: pytest.fail("interrupted"))
+    with pytest.raises(pytest.fail.Exception, match="interrupted"): list(run_together(pair))
+    again = [start(tmp_path / str(s), seed=s, eval_every=4) for s in range(2)]
+    assert [t.steps["train"] for t in again] == [4, 4]
+    for a, t in zip(again, pair): assert all(torch.equal(x, y) for x, y in zip(numbers(a.agent), numbers(t.agent)))
+    list(run_together(again))
+    assert all(t.finished for t in again)
 
 
 def test_runs_together_save_what_separate_runs_save(tmp_path):
@@ -168,10 +186,35 @@ def test_rates_on_the_device_and_undone_updates():
     for x, y in zip(numbers(agent), numbers(other), strict=True): torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
 
 
+def test_a_recorded_agent_refuses_a_state_and_a_fleet():
+    agent = BDPO(3, 2, BDPOConfig(**TINY))
+    state, agent.update = agent.state_dict(), None
+    with pytest.raises(RuntimeError, match="before the updates are recorded"): agent.load_state_dict(state)
+    with pytest.raises(ValueError, match="train alone"): Fleet([agent])
+
+
+def test_a_failed_recording_leaves_a_working_agent(monkeypatch):
+    "As far as that can be seen without a GPU."
+    def fails(agent, batch): raise RuntimeError("operation not permitted when stream is capturing\n...")
+    class Pretended(str): type = "cuda"
+    agent, batch = BDPO(3, 2, BDPOConfig(**TINY)), synthetic_batch(16, 3, 2)
+    monkeypatch.setattr(speed, "Recorded", fails)
+    monkeypatch.setattr(speed, "compiler_trouble", lambda device: "not tried")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    before, agent.device = agent.generator.get_state(), Pretended("cpu")
+    with pytest.raises(ValueError, match="batch is needed"): accelerate(agent, "cudagraph")
+    said = accelerate(agent, "cudagraph", batch)
+    assert said.endswith("nothing recorded (operation not permitted when stream is capturing)")
+    assert torch.equal(agent.generator.get_state(), before)
+    agent.update(batch)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_recorded_updates_equal_eager_ones():
-    config = BDPOConfig(**TINY, warmup_steps=2, actor_every=2, actor_lr=1e-3, critic_decay_steps=20)
+@pytest.mark.parametrize("gamma", (0.99, 0.0))
+def test_recorded_updates_equal_eager_ones(gamma):
+    config = BDPOConfig(**TINY, gamma=gamma, warmup_steps=2, actor_every=2, actor_lr=1e-3, critic_decay_steps=20)
     eager, recorded = BDPO(3, 2, config, "cuda"), BDPO(3, 2, config, "cuda")
     batches = [synthetic_batch(32, 3, 2, seed=s, device="cuda") for s in range(8)]
     graphs = Recorded(recorded, batches[0])
