@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SIZES', 'KINDS', 'KNOBS', 'REPEATS', 'PARTS', 'contender', 'matmul_peak', 'serve', 'Worker', 'torch_worker',
            'jax_worker', 'interleave', 'ratios', 'cycle_ratio', 'machine', 'contest', 'scaling', 'seeds_at_once',
-           'bench', 'table']
+           'compile_seconds', 'bench', 'table']
 
 # %% ../nbs/15d_benchmark.ipynb #15d-003
 import json
+import os
 import platform
 import resource
 import statistics
@@ -93,8 +94,10 @@ def serve(kind: str = "less",        # as `contender`, like `size`
 class Worker:
     "A contender in another process; `with` ends it."
     def __init__(self, command: list[str],   # what to start: it must speak the protocol of `serve`
-                 prefix: str = ""):          # put before every operation, when one process serves several agents
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                 prefix: str = "",           # put before every operation, when one process serves several agents
+                 env: dict | None = None):   # further environment variables
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        env=os.environ | (env or {}))
         self.prefix, self.about = prefix, self._line()
 
     def _line(self):
@@ -116,10 +119,10 @@ class Worker:
         self.process.stdin.close()
         self.process.wait()
 
-def torch_worker(**options) -> Worker:   # as `serve`
+def torch_worker(env: dict | None = None, **options) -> Worker:   # as `Worker`, as `serve`
     "This package in another process."
     code = "import sys, json; from bdpo_lit.benchmark import serve; serve(**json.loads(sys.argv[1]))"
-    return Worker([sys.executable, "-c", code, json.dumps(options)])
+    return Worker([sys.executable, "-c", code, json.dumps(options)], env=env)
 
 def jax_worker(peer: list[str],  # command that starts bench/jax_peer.py
                agent: str,       # of the peer
@@ -235,7 +238,15 @@ def seeds_at_once(device: str = "cpu", seeds: int = 5, rounds: int = 5) -> dict:
             out[name] = {way: found[way]["cycle"] for way in found}
     return out
 
-PARTS = ("locomotion", "scaling", "seeds", "toy2d", "threads")
+def compile_seconds(device: str = "cpu") -> dict[str, float]:
+    "How much later a compiled contender is ready than an eager one, with nothing compiled before."
+    ready = {}
+    for kind in ("less", "fast"):
+        with torch_worker({"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}, kind=kind, device=device, memory=True) as w:
+            ready[kind] = w.about["seconds_to_ready"]
+    return ready | dict(compiling=ready["fast"] - ready["less"])
+
+PARTS = ("locomotion", "scaling", "seeds", "toy2d", "threads", "compile")
 
 def bench(out: str | Path,                        # JSON file; its parts are written as they are done
           device: str = "cpu",                    # "cpu" or "cuda"
@@ -255,7 +266,8 @@ def bench(out: str | Path,                        # JSON file; its parts are wri
                 scaling=lambda: scaling(device, max(2, rounds // 2), peer, agents),
                 seeds=lambda: seeds_at_once(device, rounds=max(2, rounds - 2)),
                 toy2d=lambda: contest("toy2d", device, max(2, rounds // 2), 1, peer, bdpo),
-                threads=lambda: contest("locomotion", device, max(2, rounds // 2), 2, peer, bdpo))
+                threads=lambda: contest("locomotion", device, max(2, rounds // 2), 2, peer, bdpo),
+                compile=lambda: compile_seconds(device))
     for name in parts:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
