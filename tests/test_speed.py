@@ -217,14 +217,13 @@ def test_recorded_updates_equal_eager_ones(gamma):
     config = BDPOConfig(**TINY, gamma=gamma, warmup_steps=2, actor_every=2, actor_lr=1e-3, critic_decay_steps=20)
     eager, recorded = BDPO(3, 2, config, "cuda"), BDPO(3, 2, config, "cuda")
     batches = [synthetic_batch(32, 3, 2, seed=s, device="cuda") for s in range(8)]
-    graphs = Recorded(recorded, batches[0])
+    Recorded(recorded, batches[0]).take_over()
     eager.fixed = True
-    for b in batches:
-        for k, x in graphs.update_behavior(b).items(): torch.testing.assert_close(x, eager.update_behavior(b)[k])
-    for b in batches:
-        ours, theirs = graphs.update(b), eager.update(b)
-        assert ours.keys() == theirs.keys()
-        for k in theirs: torch.testing.assert_close(ours[k], theirs[k].float(), rtol=1e-3, atol=1e-5)
+    for what in ("update_behavior", "update", "update_critics", "update_actor"):
+        for b in batches:
+            ours, theirs = getattr(recorded, what)(b), getattr(eager, what)(b)
+            assert ours.keys() == theirs.keys()
+            for k in theirs: torch.testing.assert_close(ours[k], theirs[k].float(), rtol=1e-3, atol=1e-5)
     for x, y in zip(numbers(recorded), numbers(eager), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
 
