@@ -71,7 +71,7 @@ NOT_IN_THE_TABLES = dict(  # official code, or ours alone
     q_layer_norm=lambda name: name.startswith("antmaze"), v_layer_norm=lambda name: True,
     actor_decay_steps=lambda name: 2_000_000, critic_decay_steps=lambda name: 2_000_000,
     normalize_obs=lambda name: False, how=lambda name: "sample" if name == "antmaze-umaze-diverse-v0" else "best")
-OURS = {"seed", "device", "log_every", "eval_every", "save_every"}  # no result depends on them
+OURS = {"seed", "device", "compile", "log_every", "eval_every", "save_every"}  # no result depends on them
 
 
 def exception(cell, name):
