@@ -60,6 +60,7 @@ def _clock(f: Callable, device: str, repeats: int = 1) -> dict[str, float]:
     sync()
     return dict(wall=(time.perf_counter() - wall) / repeats, cpu=(time.process_time() - cpu) / repeats)
 
+# %% ../nbs/15d_benchmark.ipynb #15d-008
 def serve(kind: str = "less",        # as `contender`, like `size`
           device: str = "cpu",       # where
           threads: int = 1,          # of PyTorch
@@ -91,6 +92,7 @@ def serve(kind: str = "less",        # as `contender`, like `size`
         op, n = (line.split() + ["1"])[:2]
         tell(answers[op](int(n)) if op in answers else _clock(ops[op], device, int(n)))
 
+# %% ../nbs/15d_benchmark.ipynb #15d-010
 class Worker:
     "A contender in another process; `with` ends it."
     def __init__(self, command: list[str],   # what to start: it must speak the protocol of `serve`
@@ -133,7 +135,7 @@ def jax_worker(peer: list[str],  # command that starts bench/jax_peer.py
     about = ["--threads", str(threads), "--agents", agent, "--ops", ",".join(UPDATES)]
     return Worker([*peer, *about, *options], prefix=f"{agent} ")
 
-# %% ../nbs/15d_benchmark.ipynb #15d-007
+# %% ../nbs/15d_benchmark.ipynb #15d-011
 def interleave(contenders: dict[str, Worker],  # by name
                ops: dict[str, int],            # operation: repeats in a round
                rounds: int = 7,                # how often
@@ -166,7 +168,7 @@ def cycle_ratio(answers: dict, name: str, reference: str, clock: str = "cpu", ev
         return [every * c[clock] + a[clock] + p[clock] for c, a, p in zip(*parts)]
     return statistics.median(x / y for x, y in zip(cycle(name), cycle(reference)))
 
-# %% ../nbs/15d_benchmark.ipynb #15d-010
+# %% ../nbs/15d_benchmark.ipynb #15d-014
 KNOBS = dict(steps=(5, 10, 20, 50), critics=(2, 5, 10, 20), samples=(1, 5, 10, 20), batch=(64, 256, 1024),
              width=(64, 128, 256, 512))
 REPEATS = dict(pretrain=20, critic=1, actor=1, cycle=1, act=20)
@@ -177,6 +179,7 @@ def machine(device: str) -> dict:
     except (OSError, StopIteration): cpu = platform.processor()
     return dict(cpu=cpu, device=torch.cuda.get_device_name() if device == "cuda" else "cpu", system=platform.platform())
 
+# %% ../nbs/15d_benchmark.ipynb #15d-016
 def contest(size: str,                       # one of `SIZES`
             device: str = "cpu",             # where
             rounds: int = 7,                 # that count
@@ -204,6 +207,7 @@ def contest(size: str,                       # one of `SIZES`
                     work={name: ours[name].ask("work") for name in ("plain", "less")},
                     peak=ours["less"].ask("peak")["flops"])
 
+# %% ../nbs/15d_benchmark.ipynb #15d-018
 def scaling(device: str = "cpu",             # where
             rounds: int = 3,                 # that count
             peer: list[str] | None = None,   # command of the JAX peer, for N alone
@@ -225,6 +229,7 @@ def scaling(device: str = "cpu",             # where
                 with jax_worker(peer, name, 1, "--steps", str(n)) as w: add("steps", n, {f"jax {name}": w})
     return rows
 
+# %% ../nbs/15d_benchmark.ipynb #15d-020
 def seeds_at_once(device: str = "cpu", seeds: int = 5, rounds: int = 5) -> dict:
     "S agents in one program against S one after the other: a whole cycle, as a multiple of one agent's."
     planes = dict(size="toy2d", width=64, critics=2, samples=2, batch=256)   # chapter 11's small preset
@@ -246,6 +251,7 @@ def compile_seconds(device: str = "cpu") -> dict[str, float]:
             ready[kind] = w.about["seconds_to_ready"]
     return ready | dict(compiling=ready["fast"] - ready["less"])
 
+# %% ../nbs/15d_benchmark.ipynb #15d-022
 PARTS = ("locomotion", "scaling", "seeds", "toy2d", "threads", "compile")
 
 def bench(out: str | Path,                        # JSON file; its parts are written as they are done

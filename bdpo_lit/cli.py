@@ -29,6 +29,7 @@ class Demo:
         from bdpo_lit.demo import demo
         demo(self.preset, self.seed, self.run_dir, self.episodes, self.threads)
 
+# %% ../nbs/16_command_line.ipynb #e4e0f5c61
 @dataclass
 class Collect:
     "Make one of the book's own data sets, or say that it is there."
@@ -58,6 +59,7 @@ def _collect(what: str, dataset_id: str | None = None, **kwargs):
         what = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else f"the data set: {e}"
         raise RunError(f"cannot write {what}; data sets go where MINARI_DATASETS_PATH says") from e
 
+# %% ../nbs/16_command_line.ipynb #e4e0f5c62
 @dataclass
 class Describe:
     "Print size, returns and ranges of a data set; draw it if asked to."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Batch', 'UPDATES', 'MODES', 'plain', 'plain_time', 'plain_eps', 'plain_q', 'plain_v', 'PlainBDPO', 'synthetic_batch',
            'rough', 'gradients', 'ByteCounter', 'work', 'compiler_trouble', 'fused_bend', 'use_bend', 'keep_memory',
-           'Recorded', 'prepare_for_recording', 'unchanged', 'accelerate', 'Fleet']
+           'prepare_for_recording', 'unchanged', 'Recorded', 'accelerate', 'Fleet']
 
 # %% ../nbs/10b_speed.ipynb #10b-003
 import copy
@@ -171,7 +171,7 @@ def work(agent: BDPO,   # whose updates
         out[op] = dict(flops=flops.get_total_flops(), bytes=moved.total)
     return out
 
-# %% ../nbs/10b_speed.ipynb #10b-018
+# %% ../nbs/10b_speed.ipynb #10b-019
 def _fused_mish(h):
     e = torch.exp(h.clamp(max=20))
     w = e * (e + 2)
@@ -206,7 +206,7 @@ def use_bend(agent: BDPO, f: Callable):
     nets = [net for learner in (agent.q, agent.v) for net in (learner.net, learner.target)]
     for net in (*nets, agent.actor.target, agent.behavior.target): net.mlp.bend = f
 
-# %% ../nbs/10b_speed.ipynb #10b-022
+# %% ../nbs/10b_speed.ipynb #10b-023
 def keep_memory(keep: bool = True,   # False: return it again, by glibc's initial thresholds
                ) -> bool:            # whether it took effect
     "Let this process keep freed memory instead of returning it to the system (glibc only)."
@@ -215,7 +215,41 @@ def keep_memory(keep: bool = True,   # False: return it again, by glibc's initia
     settings = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1} if keep else {MMAP_MAX: 65536, TRIM_THRESHOLD: 128 * 1024}
     return all([mallopt(name, value) for name, value in settings.items()])
 
-# %% ../nbs/10b_speed.ipynb #10b-025
+# %% ../nbs/10b_speed.ipynb #10b-026
+def prepare_for_recording(learner):
+    "Put the learning rate and Adam's memory where a recorded update will find them."
+    device = next(learner.net.parameters()).device
+    rate = torch.tensor(learner.lr, device=device)
+    learner.optimizer.param_groups[0] |= dict(lr=rate, capturable=device.type == "cuda")
+    for p in learner.net.parameters():
+        if not learner.optimizer.state[p]:   # what Adam itself makes at its first step
+            learner.optimizer.state[p] |= dict(step=torch.zeros((), device=device), exp_avg=torch.zeros_like(p),
+                                               exp_avg_sq=torch.zeros_like(p))
+
+# %% ../nbs/10b_speed.ipynb #10b-028
+class unchanged:
+    "Within the block an agent may be updated; afterwards its numbers are what they were, in the same places."
+    def __init__(self, agent: BDPO):
+        self.agent = agent
+
+    def _tensors(self):
+        for learner in _learners(self.agent).values():
+            yield from (*learner.net.parameters(), *learner.target.parameters())
+            for state in learner.optimizer.state.values(): yield from state.values()
+
+    def __enter__(self):
+        self.kept = [x.detach().clone() for x in self._tensors()]
+        self.counts = self.agent.updates, {name: x.updates for name, x in _learners(self.agent).items()}
+        self.draws = self.agent.generator.get_state()
+
+    @torch.no_grad()
+    def __exit__(self, *exc):
+        for x, old in zip(self._tensors(), self.kept, strict=True): x.copy_(old)
+        self.agent.updates, counts = self.counts
+        for name, learner in _learners(self.agent).items(): learner.updates = counts[name]
+        self.agent.generator.set_state(self.draws)
+
+# %% ../nbs/10b_speed.ipynb #10b-030
 class Recorded:
     "Replays an agent's updates as CUDA graphs: of nu, of the critics, of pi, and a whole pass with all three."
     KINDS = (("behavior",), ("critics",), ("actor",), ("critics", "actor", "behavior"))
@@ -270,39 +304,7 @@ class Recorded:
         self.agent.update = self.update
         for what in self.LEARNERS: setattr(self.agent, f"update_{what}", lambda b, what=what: self._replay(b, what))
 
-def prepare_for_recording(learner):
-    "Put the learning rate and Adam's memory where a recorded update will find them."
-    device = next(learner.net.parameters()).device
-    rate = torch.tensor(learner.lr, device=device)
-    learner.optimizer.param_groups[0] |= dict(lr=rate, capturable=device.type == "cuda")
-    for p in learner.net.parameters():
-        if not learner.optimizer.state[p]:   # what Adam itself makes at its first step
-            learner.optimizer.state[p] |= dict(step=torch.zeros((), device=device), exp_avg=torch.zeros_like(p),
-                                               exp_avg_sq=torch.zeros_like(p))
-
-class unchanged:
-    "Within the block an agent may be updated; afterwards its numbers are what they were, in the same places."
-    def __init__(self, agent: BDPO):
-        self.agent = agent
-
-    def _tensors(self):
-        for learner in _learners(self.agent).values():
-            yield from (*learner.net.parameters(), *learner.target.parameters())
-            for state in learner.optimizer.state.values(): yield from state.values()
-
-    def __enter__(self):
-        self.kept = [x.detach().clone() for x in self._tensors()]
-        self.counts = self.agent.updates, {name: x.updates for name, x in _learners(self.agent).items()}
-        self.draws = self.agent.generator.get_state()
-
-    @torch.no_grad()
-    def __exit__(self, *exc):
-        for x, old in zip(self._tensors(), self.kept, strict=True): x.copy_(old)
-        self.agent.updates, counts = self.counts
-        for name, learner in _learners(self.agent).items(): learner.updates = counts[name]
-        self.agent.generator.set_state(self.draws)
-
-# %% ../nbs/10b_speed.ipynb #10b-029
+# %% ../nbs/10b_speed.ipynb #10b-034
 MODES = ("off", "default", "cudagraph")
 
 def accelerate(agent: BDPO,         # whose updates to make faster, from now on
@@ -328,7 +330,7 @@ def accelerate(agent: BDPO,         # whose updates to make faster, from now on
         agent.generator.set_state(draws)
         return f"{said}, nothing recorded ({_first_line(e)})"
 
-# %% ../nbs/10b_speed.ipynb #10b-032
+# %% ../nbs/10b_speed.ipynb #10b-037
 class _Losses(nn.Module):
     "An agent's losses as a function of parameters, as `torch.func.functional_call` wants it."
     def __init__(self, agent):
@@ -338,6 +340,7 @@ class _Losses(nn.Module):
 
     def forward(self, what, batch, draws): return getattr(self.agent, what)(batch, **draws)
 
+# %% ../nbs/10b_speed.ipynb #10b-039
 class _Stacked:
     "The same learner of several agents: parameters, slow copies and Adam's memory with a leading axis."
     def __init__(self, learners):
@@ -375,6 +378,7 @@ class _Stacked:
                 x.optimizer.state[p] = {k: t.clone() if k == "step" else t[s].clone()
                                         for k, t in self.optimizer.state[all_of_it].items()}
 
+# %% ../nbs/10b_speed.ipynb #10b-041
 def _counts(agent): return agent.updates, *(x.updates for x in _learners(agent).values())
 
 class Fleet:
