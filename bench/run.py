@@ -2,7 +2,7 @@
 import argparse
 from pathlib import Path
 
-from bdpo_lit.benchmark import PARTS, bench, table
+from bdpo_lit.evidence.benchmark import PARTS, bench, table
 
 p = argparse.ArgumentParser(description=__doc__)
 p.add_argument("--out", default="runs/bench.json", help="JSON file to write; parts it already holds are replaced")

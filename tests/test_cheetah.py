@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy import stats
 
-from bdpo_lit.cheetah import (
+from bdpo_lit.evidence.cheetah import (
     CHEETAH_ENV_ID,
     CHEETAH_ID,
     PRESET,
@@ -29,8 +29,8 @@ from bdpo_lit.cheetah import (
     record,
     replay,
 )
-from bdpo_lit.data import DataError, Transitions, load_minari, reference_scores
-from bdpo_lit.evaluation import evaluate
+from bdpo_lit.offline.data import DataError, Transitions, load_minari, reference_scores
+from bdpo_lit.offline.evaluation import evaluate
 
 RESULTS = Path(__file__).resolve().parent.parent / "nbs" / "results"
 SMALL = "toy/cheetah-small-v0"
@@ -102,7 +102,7 @@ def test_learning_depends_on_the_seed_only():
 def test_same_seed_same_bytes_other_seed_other_data(policies):
     first = digest(replay(policies, 600, 1))
     assert digest(replay(policies, 600, 1)) == first != digest(replay(policies, 600, 2))
-    code = ("import hashlib, numpy as np\nfrom bdpo_lit.cheetah import LinearPolicy, replay\n"
+    code = ("import hashlib, numpy as np\nfrom bdpo_lit.evidence.cheetah import LinearPolicy, replay\n"
             "rng = np.random.default_rng(0)\n"
             "ps = [LinearPolicy(rng.normal(size=(6, 17)) / 10, rng.normal(size=17), rng.uniform(0.5, 2, 17)) "
             "for _ in range(3)]\n"

@@ -22,10 +22,10 @@ from minari.data_collector import EpisodeBuffer
 from PIL import Image
 from test_training import assert_same_run
 
-import bdpo_lit.cli as cli
-from bdpo_lit.cheetah import CHEETAH_ID, collect_cheetah
-from bdpo_lit.data import D4RL_TASKS, d4rl_folder
-from bdpo_lit.training import load_checkpoint
+import bdpo_lit.reference.command_line as cli
+from bdpo_lit.evidence.cheetah import CHEETAH_ID, collect_cheetah
+from bdpo_lit.offline.data import D4RL_TASKS, d4rl_folder
+from bdpo_lit.offline.training import load_checkpoint
 
 TINY = ("--train.pretrain-steps 30 --train.train-steps 40 --train.log-every 10 --train.save-every 8 "
         "--train.eval-every 20 --train.eval-episodes 1 --train.batch-size 16 --train.num-actions 2 --train.device cpu "
@@ -90,7 +90,7 @@ def episodes(env, total, seed=0):
 
 DIE_IN_A_SAVE = """
 import os, signal, sys
-import bdpo_lit.cli, bdpo_lit.training as training
+import bdpo_lit.reference.command_line, bdpo_lit.offline.training as training
 calls, replace = 0, os.replace
 def die(src, dst):
     global calls
@@ -98,7 +98,7 @@ def die(src, dst):
     if calls == {k}: os.kill(os.getpid(), signal.SIGKILL)   # written, and not yet in its place
     replace(src, dst)
 os.replace = die
-bdpo_lit.cli.main(sys.argv[1:])
+bdpo_lit.reference.command_line.main(sys.argv[1:])
 """
 
 
@@ -179,7 +179,7 @@ def test_the_maze_from_collecting_to_curves(bdpo, home):
 
 
 def test_curves_of_seeds_are_their_mean_and_range(bdpo, home):
-    from bdpo_lit.training import draw_runs, read_column
+    from bdpo_lit.offline.training import draw_runs, read_column
     for seed in (2, 3): bdpo(f"train --task maze --seed {seed}", TINY)
     bdpo("train --task maze --seed 2 --algorithm.eta 0.5 --run-dir runs/other", TINY)
     runs = [home / "runs" / name for name in ("maze-2", "maze-3", "other")]
@@ -390,7 +390,7 @@ def test_help_names_every_field_with_its_meaning(bdpo):
 
 
 def test_help_does_not_wait_for_torch():
-    code = ("import sys; sys.argv = ['bdpo', '--help']\nimport bdpo_lit.cli\ntry: bdpo_lit.cli.main()\n"
+    code = ("import sys; sys.argv = ['bdpo', '--help']\nimport bdpo_lit.reference.command_line\ntry: bdpo_lit.reference.command_line.main()\n"
             "except SystemExit: print('torch' in sys.modules, 'matplotlib' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False False"

@@ -20,8 +20,8 @@ import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
 
-from bdpo_lit.bdpo import BDPO, BDPOConfig
-from bdpo_lit.data import (
+from bdpo_lit.algorithm.bdpo import BDPO, BDPOConfig
+from bdpo_lit.offline.data import (
     ACTION_MARGIN,
     D4RL_TASKS,
     DataError,

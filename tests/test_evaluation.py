@@ -12,10 +12,10 @@ import pytest
 from minari.data_collector import EpisodeBuffer
 from PIL import Image
 
-import bdpo_lit.evaluation as evaluation
-from bdpo_lit.bdpo import BDPO, BDPOConfig
-from bdpo_lit.data import D4RL_REFERENCES, episode_returns, load_minari, reference_scores
-from bdpo_lit.evaluation import (
+import bdpo_lit.offline.evaluation as evaluation
+from bdpo_lit.algorithm.bdpo import BDPO, BDPOConfig
+from bdpo_lit.offline.data import D4RL_REFERENCES, episode_returns, load_minari, reference_scores
+from bdpo_lit.offline.evaluation import (
     aggregate,
     bootstrap_interval,
     episode_seeds,
@@ -26,7 +26,7 @@ from bdpo_lit.evaluation import (
     score_table,
     vectorize,
 )
-from bdpo_lit.maze import WaypointController, make_maze_env, play, random_policy
+from bdpo_lit.offline.maze import WaypointController, make_maze_env, play, random_policy
 
 
 class Walk(gym.Env):
@@ -342,7 +342,7 @@ def test_video_of_bad_arguments(tmp_path):
 def test_video_where_nothing_can_be_rendered(tmp_path, run):
     program = """if True:
         import gymnasium as gym
-        from bdpo_lit.evaluation import record_video
+        from bdpo_lit.offline.evaluation import record_video
         record_video(lambda o: o[:, :3], lambda: gym.make("Hopper-v5", render_mode="rgb_array"), "x.gif")"""
     done = run(sys.executable, "-c", program, cwd=tmp_path, check=False, MUJOCO_GL="disabled",
                PYTHONPATH=str(Path(evaluation.__file__).parent.parent))

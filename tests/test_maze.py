@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import bdpo_lit.maze as maze
-from bdpo_lit.data import DataError, load_minari
-from bdpo_lit.maze import (
+import bdpo_lit.offline.maze as maze
+from bdpo_lit.offline.data import DataError, load_minari
+from bdpo_lit.offline.maze import (
     CELLS,
     GOAL_RADIUS,
     GOAL_XY,
@@ -56,7 +56,7 @@ def test_same_seed_same_bytes_other_seed_other_data():
 
 
 def test_same_bytes_in_a_fresh_process():
-    code = ("import hashlib; from bdpo_lit.maze import drive; es = drive(400, 1); "
+    code = ("import hashlib; from bdpo_lit.offline.maze import drive; es = drive(400, 1); "
             "print(hashlib.sha256(b''.join(e.observations.tobytes() + e.actions.tobytes() for e in es)).hexdigest())")
     fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     content = b"".join(e.observations.tobytes() + e.actions.tobytes() for e in drive(400, 1))

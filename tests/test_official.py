@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from bdpo_lit.bdpo import BDPO, BDPOConfig, cosine_rate
-from bdpo_lit.behavior import noise_prediction_loss
-from bdpo_lit.critics import lcb, q_target, rollout, step_value, value_loss
-from bdpo_lit.data import Batch
-from bdpo_lit.diffusion import ddim_step, forward_sample, reverse_mean, reverse_path, vp_schedule
-from bdpo_lit.networks import TimeEmbedding, mish
-from bdpo_lit.path_kl import step_kl
+from bdpo_lit.algorithm.bdpo import BDPO, BDPOConfig, cosine_rate
+from bdpo_lit.algorithm.behavior import noise_prediction_loss
+from bdpo_lit.algorithm.critics import lcb, q_target, rollout, step_value, value_loss
+from bdpo_lit.offline.data import Batch
+from bdpo_lit.theory.diffusion import ddim_step, forward_sample, reverse_mean, reverse_path, vp_schedule
+from bdpo_lit.algorithm.networks import TimeEmbedding, mish
+from bdpo_lit.theory.path_kl import step_kl
 
 VALUES = np.load(Path(__file__).parent / "official" / "values.npz")
 CASES = {"T5_clip_rho0": dict(clip=1.0, rho=0.0), "T5_noclip_rho0.5": dict(clip=None, rho=0.5)}

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bdpo_lit.soft_rl import (
+from bdpo_lit.theory.soft_rl import (
     TabularMDP,
     boltzmann,
     kl,

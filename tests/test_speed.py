@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import bdpo_lit.speed as speed
-from bdpo_lit.bdpo import BDPO, BDPOConfig
-from bdpo_lit.benchmark import Worker, cycle_ratio, ratios
-from bdpo_lit.data import Transitions
-from bdpo_lit.speed import (
+import bdpo_lit.algorithm.speed as speed
+from bdpo_lit.algorithm.bdpo import BDPO, BDPOConfig
+from bdpo_lit.evidence.benchmark import Worker, cycle_ratio, ratios
+from bdpo_lit.offline.data import Transitions
+from bdpo_lit.algorithm.speed import (
     Fleet,
     PlainBDPO,
     Recorded,
@@ -29,7 +29,7 @@ from bdpo_lit.speed import (
     unchanged,
     use_bend,
 )
-from bdpo_lit.training import RunError, TrainConfig, Training, load_agent, load_checkpoint, run_together
+from bdpo_lit.offline.training import RunError, TrainConfig, Training, load_agent, load_checkpoint, run_together
 
 compiles = pytest.mark.skipif(bool(compiler_trouble()), reason="needs a C++ compiler")
 RESULTS = Path(__file__).parent.parent / "nbs" / "results"

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from bdpo_lit.bdpo import BDPO, BDPOConfig
-from bdpo_lit.cli import EMBEDDED, find_task
-from bdpo_lit.data import D4RL_TASKS, Transitions, reference_scores
-from bdpo_lit.diffusion import vp_schedule
-from bdpo_lit.evaluation import evaluate
-from bdpo_lit.networks import mish
-from bdpo_lit.tasks import TASKS, AntMaze, d4rl_task, env_maker, judge_run
-from bdpo_lit.training import RunError, TrainConfig, Training
+from bdpo_lit.algorithm.bdpo import BDPO, BDPOConfig
+from bdpo_lit.reference.command_line import EMBEDDED, find_task
+from bdpo_lit.offline.data import D4RL_TASKS, Transitions, reference_scores
+from bdpo_lit.theory.diffusion import vp_schedule
+from bdpo_lit.offline.evaluation import evaluate
+from bdpo_lit.algorithm.networks import mish
+from bdpo_lit.offline.tasks import TASKS, AntMaze, d4rl_task, env_maker, judge_run
+from bdpo_lit.offline.training import RunError, TrainConfig, Training
 
 PAPER = Path(__file__).parent / "paper"
 
@@ -233,7 +233,7 @@ def test_what_a_file_may_name(tmp_path, monkeypatch):
     list(Training(data, PLAN, TINY, None, run).run())
     with pytest.raises(RunError, match="would import stranger; name it yourself"): judge_run(run, 1)
     with pytest.raises(SystemExit, match="imported"): judge_run(run, 1, env="stranger:Pendulum-v1")
-    for env in ("Pendulum-v1", "bdpo_lit.maze:bdpo/PointMazeUMazeHidden-v0", HOPPER): env_maker(env, from_file=True)
+    for env in ("Pendulum-v1", "bdpo_lit.offline.maze:bdpo/PointMazeUMazeHidden-v0", HOPPER): env_maker(env, from_file=True)
 
 
 def test_a_run_remembers_the_package_that_was_named(tmp_path, monkeypatch):

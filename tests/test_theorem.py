@@ -11,8 +11,8 @@ from torch.distributions import Normal, kl_divergence
 from bdpo_lit import diffusion as df
 from bdpo_lit import exact as ex
 from bdpo_lit import path_kl as pk
-from bdpo_lit.diffusion import Mixture, Schedule, vp_schedule
-from bdpo_lit.soft_rl import boltzmann, kl, log_mean_exp
+from bdpo_lit.theory.diffusion import Mixture, Schedule, vp_schedule
+from bdpo_lit.theory.soft_rl import boltzmann, kl, log_mean_exp
 
 F64 = dict(dtype=torch.float64)
 few = settings(max_examples=15, derandomize=True, deadline=None, database=None)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bdpo_lit import bdpo, toy2d
-from bdpo_lit.bdpo import BDPO, BDPOConfig
-from bdpo_lit.diffusion import forward_sample, vp_schedule
-from bdpo_lit.toy2d import (
+from bdpo_lit.algorithm.bdpo import BDPO, BDPOConfig
+from bdpo_lit.theory.diffusion import forward_sample, vp_schedule
+from bdpo_lit.evidence.toy2d import (
     PRESETS,
     TASKS,
     Bandit,

@@ -18,13 +18,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import bdpo_lit.cli
-import bdpo_lit.demo
-import bdpo_lit.training as training
-from bdpo_lit.bdpo import BDPO, BDPOConfig
-from bdpo_lit.data import DataError, Transitions
-from bdpo_lit.evaluation import episode_seeds, vectorize
-from bdpo_lit.training import (
+import bdpo_lit.reference.command_line
+import bdpo_lit.evidence.demo
+import bdpo_lit.offline.training as training
+from bdpo_lit.algorithm.bdpo import BDPO, BDPOConfig
+from bdpo_lit.offline.data import DataError, Transitions
+from bdpo_lit.offline.evaluation import episode_seeds, vectorize
+from bdpo_lit.offline.training import (
     METRICS,
     RunError,
     TrainConfig,
@@ -618,7 +618,7 @@ def test_data_that_do_not_fit(meta, message):
 # The command line
 
 def test_command_line_says_what_there_is(run, capsys):
-    with pytest.raises(SystemExit) as e: bdpo_lit.cli.main(["demo", "--help"])
+    with pytest.raises(SystemExit) as e: bdpo_lit.reference.command_line.main(["demo", "--help"])
     said = capsys.readouterr().out
     assert e.value.code == 0 and all(word in said for word in ("--preset {short,long}", "--seed", "--run-dir"))
     done = run("bdpo", "demo", "--preset", "fast", check=False)
@@ -627,11 +627,11 @@ def test_command_line_says_what_there_is(run, capsys):
 
 
 def test_ctrl_c_after_training_ends_politely(tmp_path, monkeypatch, capsys):
-    preset = bdpo_lit.demo.Preset(replace(PLAN, pretrain_steps=1, train_steps=1, eval_episodes=1, save_every=1), TINY)
-    monkeypatch.setitem(bdpo_lit.demo.PRESETS, "short", preset)
+    preset = bdpo_lit.evidence.demo.Preset(replace(PLAN, pretrain_steps=1, train_steps=1, eval_episodes=1, save_every=1), TINY)
+    monkeypatch.setitem(bdpo_lit.evidence.demo.PRESETS, "short", preset)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    monkeypatch.setattr(bdpo_lit.demo, "fit_gaussian", lambda *args, **kwargs: signal.raise_signal(INT))
-    assert bdpo_lit.demo.demo(run_dir=tmp_path / "run", num_steps=100, dataset_id="test/ctrl-c-v0") == {}
+    monkeypatch.setattr(bdpo_lit.evidence.demo, "fit_gaussian", lambda *args, **kwargs: signal.raise_signal(INT))
+    assert bdpo_lit.evidence.demo.demo(run_dir=tmp_path / "run", num_steps=100, dataset_id="test/ctrl-c-v0") == {}
     assert "Training is finished and kept in" in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "run")["steps"] == dict(pretrain=1, train=1)
 
@@ -639,5 +639,5 @@ def test_ctrl_c_after_training_ends_politely(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("error", [RunError, DataError])
 def test_command_line_errors_are_one_line(error, monkeypatch):
     def fail(*args, **kwargs): raise error("runs/x already holds a run")
-    monkeypatch.setattr(bdpo_lit.demo, "demo", fail)
-    with pytest.raises(SystemExit, match="^bdpo: runs/x already holds a run$"): bdpo_lit.cli.main(["demo"])
+    monkeypatch.setattr(bdpo_lit.evidence.demo, "demo", fail)
+    with pytest.raises(SystemExit, match="^bdpo: runs/x already holds a run$"): bdpo_lit.reference.command_line.main(["demo"])

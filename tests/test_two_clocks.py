@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bdpo_lit.soft_rl import boltzmann, kl, log_mean_exp, random_mdp, soft_value_iteration
-from bdpo_lit.two_clocks import (
+from bdpo_lit.theory.soft_rl import boltzmann, kl, log_mean_exp, random_mdp, soft_value_iteration
+from bdpo_lit.theory.two_clocks import (
     Chain,
     chain_value,
     corridor,
