@@ -43,14 +43,14 @@ bench: $(READY) ## measure speed, half an hour; FLOWRL=clone-of-flow-rl adds the
 
 check: $(READY) ## package in step with the chapters, notebooks clean, links, ruff (seconds)
 	$(BIN)/ruff check -q --output-format concise bdpo_lit tests bench
-	$(BIN)/pytest -q tests/test_chapters.py
+	$(BIN)/pytest -q tests/test_chapters.py tests/test_pages.py
 
 lab: $(READY) ## open the chapters in JupyterLab
 	$(BIN)/jupyter lab nbs
 
 docs: $(READY) ## build the site into _docs/ (needs Quarto)
 	@command -v quarto >/dev/null || { echo "The site is built by Quarto, which is not installed: get it from https://quarto.org/docs/get-started/ and run make docs again."; exit 1; }
-	$(BIN)/nbdev-docs
+	$(BIN)/nbdev_docs
 
 lock: ## resolve the dependencies anew in a fresh environment and write requirements.lock
 	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && \
@@ -68,8 +68,11 @@ address: $(READY) ## change the repository's address everywhere: make address UR
 	@echo '$(URL)' | grep -qE '^https://github\.com/[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$$' || { echo "usage: make address URL=https://github.com/user/repo"; exit 2; }
 	@old=$$(sed -nE 's#^Repository = "https://github.com/([^"]+)".*#\1#p' pyproject.toml); \
 	new='$(URL)'; new=$${new#https://github.com/}; \
-	git grep -lF "$$old" | while read -r f; do sed -i.bak "s#$$old#$$new#g" "$$f" && rm "$$f.bak"; done; \
-	sed -i.bak -e "s#^user = .*#user = $${new%/*}#" -e "s#^repo = .*#repo = $${new#*/}#" settings.ini && rm settings.ini.bak; \
+	site() { echo "$${1%/*}.github.io/$${1#*/}"; }; \
+	git grep -lF -e "$$old" -e "$$(site $$old)" | while read -r f; do \
+	  sed -i.bak -e "s#$$(site $$old)#$$(site $$new)#g" -e "s#$$old#$$new#g" "$$f" && rm "$$f.bak"; done; \
+	sed -i.bak -e "s#^user = .*#user = $${new%/*}#" -e "s#^repo = .*#repo = $${new#*/}#" \
+	  -e "s#^doc_host = .*#doc_host = https://$${new%/*}.github.io#" -e "s#^doc_baseurl = .*#doc_baseurl = /$${new#*/}#" settings.ini && rm settings.ini.bak; \
 	$(BIN)/nbdev-export && git diff --stat
 
 clean: ## remove what can be made again: builds, caches, the generated site (not .venv/, data/, runs/)

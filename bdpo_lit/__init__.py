@@ -6,11 +6,12 @@ __version__ = "0.1.0"
 _HOME = {name: module for module, names in {
     "algorithm.bdpo": "BDPO BDPOConfig",
     "offline.data": "DataError Transitions describe load load_minari",
-    "offline.maze": "collect_maze make_maze_env",
+    "offline.maze": "MAZE_ID collect_maze make_maze_env",
     "offline.evaluation": "Evaluation evaluate score_table",
     "offline.training": "RunError TrainConfig Training load_agent watch",
     "offline.tasks": "Task d4rl_task",
     "evidence.cheetah": "collect_cheetah",
+    "evidence.demo": "PRESETS",
 }.items() for name in names.split()}
 __all__ = sorted(_HOME)
 

@@ -1,5 +1,6 @@
 """What holds for every notebook, found by reading it (nbdev-test is what executes them)."""
 import ast
+import functools
 import re
 import tomllib
 from pathlib import Path
@@ -7,16 +8,22 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from bdpo_lit._site import defined
+
 ROOT = Path(__file__).resolve().parent.parent
-CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
-PAGES = [*CHAPTERS, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md"))]
+NBS = ROOT / "nbs"
+PARTS = ("theory", "algorithm", "offline", "evidence", "reference")
+CHAPTERS = sorted(NBS.glob("*/*.ipynb"), key=lambda p: p.name)    # numbered through: in reading order
+NOTEBOOKS = [NBS / "index.ipynb", *CHAPTERS]
+PAGES = [*NOTEBOOKS, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md"))]
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 SLUG = REPOSITORY.removeprefix("https://github.com/")
 INSTALL = f"""#| hide
 #| eval: false
 ! [ -e /content ] && pip install -q "bdpo_lit @ git+{REPOSITORY}\""""
 
-by_name = pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+by_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 
 
 def read(path): return nbformat.read(path, 4)
@@ -34,12 +41,21 @@ def prose(path):
     return text
 
 
+def text_of(path):
+    "All of a notebook's Markdown, formulas and labels included."
+    return "\n\n".join(c.source for c in read(path).cells if c.cell_type == "markdown")
+
+
+def figures(path): return [f for c in code(path) for f in re.findall(r"^#\|\s*label:\s*(\S+)", c.source, re.M)]
+
+
+@functools.cache
 def labels(path):
-    "Everything a link or a reference can point at within a page."
-    found = re.findall(r"\{#([\w-]+)", prose(path))
-    if path.suffix == ".ipynb":
-        found += [label for c in code(path) for label in re.findall(r"^#\|\s*label:\s*(\S+)", c.source, re.M)]
-    return found
+    "Everything a link can point at within a page: figures, formulas, and (on the site) exported definitions."
+    if path.suffix != ".ipynb": return []
+    exported = [c.source for c in code(path) if re.search(r"^#\|\s*export\b", c.source, re.M)]
+    return figures(path) + re.findall(r'<a id="([\w-]+)">', path.read_text().replace('\\"', '"')) + \
+        [name for source in exported for name in defined(source)]
 
 
 def headings(path):
@@ -48,25 +64,39 @@ def headings(path):
         yield re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", title.lower()).strip()).lstrip("0123456789.-_")
 
 
+def exported_files(root): return {p.relative_to(root): p.read_text() for p in (root / "bdpo_lit").glob("*/*.py")}
+
+
 @pytest.fixture(scope="module")
 def scratch(copy_project, run):
     "A copy whose package was exported and whose notebooks were cleaned anew."
     project = copy_project("chapters")
-    for module in (project / "bdpo_lit").glob("[!_]*.py"): module.unlink()
+    for module in exported_files(project): (project / module).unlink()
     run("nbdev-export", cwd=project)
     run("nbdev-clean", cwd=project)
     return project
 
 
 def test_package_is_what_the_chapters_export(scratch):
-    here, there = ({p.name: p.read_text() for p in (root / "bdpo_lit").glob("*.py")} for root in (ROOT, scratch))
-    differ = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    here, there = exported_files(ROOT), exported_files(scratch)
+    differ = sorted(str(name) for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     assert not differ, f"run nbdev-export: {differ} not as the notebooks say"
 
 
 @by_name
 def test_clean(path, scratch):
-    assert path.read_text() == (scratch / "nbs" / path.name).read_text(), "run nbdev-clean"
+    assert path.read_text() == (scratch / path.relative_to(ROOT)).read_text(), "run nbdev-clean"
+
+
+def test_chapters_are_numbered_through():
+    assert [int(p.name[:2]) for p in CHAPTERS] == list(range(1, len(CHAPTERS) + 1))
+    assert [p.parent.name for p in CHAPTERS] == sorted((p.parent.name for p in CHAPTERS), key=PARTS.index)
+
+
+@by_chapter
+def test_a_chapter_and_its_module_have_one_name(path):
+    exports = re.findall(r"^#\|\s*default_exp\s+(\S+)", "\n".join(c.source for c in code(path)), re.M)
+    assert exports in ([], [f"{path.parent.name}.{path.stem[3:]}"])
 
 
 @by_name
@@ -85,10 +115,35 @@ def test_stored_outputs(path):
 @by_name
 def test_opening_cells(path):
     first, *_ = cells = read(path).cells
-    assert re.match(r"# \S.*\n\n> \S", first.source), "starts with a title and a one-line subtitle"
-    badge = f"(https://colab.research.google.com/github/{SLUG}/blob/main/nbs/{path.name})"
-    assert badge in "".join(c.source for c in cells[:2]), f"the Colab badge leads to {badge}"
+    number = rf"{int(path.name[:2])} · " if path in CHAPTERS else ""
+    assert re.match(rf"# {number}\S.*\n\n> \S", first.source), "starts with number, title and a one-line subtitle"
+    badge = f"(https://colab.research.google.com/github/{SLUG}/blob/main/{path.relative_to(ROOT).as_posix()})"
+    assert badge in first.source, f"the Colab badge leads to {badge}"
     assert [c.source for c in cells if "pip install" in c.source and c.cell_type == "code"] == [INSTALL]
+
+
+@by_chapter
+def test_every_page_opens_and_ends_the_same_way(path):
+    opening = read(path).cells[1]
+    assert opening.cell_type == "markdown", "nobody meets code before the opening"
+    asked = ("*You will be able to*", "*You should know*", "*Time:*")
+    assert [b for b in re.findall(r"^- (\*[^*]+\*)", opening.source, re.M)] == list(asked)
+    assert not opening.source.startswith("- "), "the opening begins with a paragraph"
+    titles = re.findall(r"^## (.+)$", text_of(path), re.M)
+    assert titles[-3:] == ["In three lines", "Exercises", "Where next"]
+    lines = re.search(r"^## In three lines\n+(.*?)^## Exercises", text_of(path), re.M | re.S)[1]
+    assert len(re.findall(r"^- ", lines, re.M)) == 3
+
+
+@by_chapter
+def test_a_picture_comes_early(path):
+    "A reader sees the idea before the first long text: within the first 350 words."
+    words = 0
+    for cell in read(path).cells:
+        if cell.cell_type == "markdown": words += len(cell.source.split())
+        elif "label: fig-" in cell.source: break
+    else: pytest.skip("a page without pictures") if path.stem.endswith("bibliography") else pytest.fail("no picture")
+    assert words < 350
 
 
 def test_install_cell_does_nothing_outside_colab(tmp_path, run):
@@ -104,7 +159,8 @@ def test_install_cell_does_nothing_outside_colab(tmp_path, run):
 @by_name
 def test_line_length(path):
     lines = [line for cell in code(path) for line in cell.source.splitlines() if not line.startswith("#|")]
-    assert not (long := [line for line in lines if len(line) > 120]), f"{len(long)} lines over 120 characters: {long}"
+    long = [line for line in lines if len(line) > 88 and "pip install" not in line]
+    assert not long, f"{len(long)} lines over 88 characters: {long}"
 
 
 @by_name
@@ -127,6 +183,7 @@ def parse(cell): return ast.parse(re.sub(r"^\s*[!%].*$", "pass", cell.source, fl
 
 
 def bdpo_lit_imports(path):
+    "Modules of the package, as part.name, that a chapter imports anywhere in its code."
     for node in (n for cell in code(path) for s in parse(cell) for n in ast.walk(s)):
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "bdpo_lit"):
             below = (node.module or "").removeprefix("bdpo_lit").lstrip(".")
@@ -135,25 +192,99 @@ def bdpo_lit_imports(path):
             yield from (a.name.removeprefix("bdpo_lit.") for a in node.names if a.name.startswith("bdpo_lit."))
 
 
-@by_name
+@by_chapter
 def test_imports_only_from_chapters_before(path):
-    home = {}
-    for chapter in reversed(CHAPTERS):
-        exported = re.findall(r"^#\|\s*default_exp\s+(\w+)", "\n".join(c.source for c in code(chapter)), re.M)
-        home |= {module: chapter for module in exported}
+    "One exception: what all figures share stands at the end of the book, and imports nothing of it."
+    home = {f"{p.parent.name}.{p.stem[3:]}": p for p in CHAPTERS if (ROOT / "bdpo_lit" / p.parent.name / f"{p.stem[3:]}.py").exists()}
     for module in bdpo_lit_imports(path):
+        if module == "reference.style": continue
         assert module in home, f"no chapter exports {module}"
-        assert home[module] <= path, f"{module} comes later, in {home[module].name}"
+        assert home[module].name <= path.name, f"{module} comes later, in {home[module].name}"
+        assert path.stem[3:] != "style"
+
+
+# ---- formulas, figures, chapters: how they are numbered and named
+
+def tags(path):
+    "Label -> number of a notebook's displayed equations."
+    pattern = r'<a id="(eq-[\w-]+)"></a>\s*\$\$(?:(?!\$\$).)*?\\tag\{([^}]*)\}'
+    return dict(re.findall(pattern, text_of(path), re.S))
+
+
+@by_chapter
+def test_equations_carry_their_numbers(path):
+    found = tags(path)
+    assert len(re.findall(r"\\tag\{", text_of(path))) == len(found), "a number without a label just before it"
+    own = [t for t in found.values() if not re.fullmatch(r"P\d+", t)]
+    assert own == [f"{int(path.name[:2])}.{k + 1}" for k in range(len(own))], "own equations are numbered chapter.k"
 
 
 @by_name
-def test_references(path):
-    known = labels(path)
-    assert len(known) == len(set(known)), "a label given twice"
-    used = re.findall(r"(?<![\w@])@((?:eq|fig|sec|tbl|thm)-[\w-]*\w)", prose(path))
-    used += re.findall(r"@((?:eq|fig|sec|tbl|thm)-[\w-]*\w)", "\n".join(
-        line for c in code(path) for line in c.source.splitlines() if line.startswith("#|")))
-    assert set(used) <= set(known), f"references to nothing: {set(used) - set(known)}"
+def test_what_only_quarto_shows_is_not_used(path):
+    for raw in (r"(?<![\w@`])@(?:eq|fig|sec|tbl)-", r"^:::", r"\{#(?:eq|fig|sec|tbl)-", r"\{fig-alt="):
+        assert not (found := re.findall(raw + ".{20}", prose(path), re.M)), f"raw text in Jupyter and on Colab: {found}"
+
+
+@by_name
+def test_numbers_in_references_are_those_of_the_target(path):
+    "[(4.2)](#eq-x), [Figure 3](#fig-x), [chapter 12](../offline/12_data.ipynb)."
+    text = text_of(path)
+    for number, file, label in re.findall(r"\[\((P?[\d.]+)\)\]\(([^)#]*)#(eq-[\w-]+)\)", text):
+        target = (path.parent / file).resolve() if file else path
+        assert tags(target).get(label) == number, f"({number}) leads to {label}, which is {tags(target).get(label)}"
+    for number, label in re.findall(r"\[Figure (\d+)\]\(#(fig-[\w-]+)\)", text):
+        assert figures(path).index(label) + 1 == int(number), f"{label} is not figure {number}"
+    for number, file in re.findall(r"\[[Cc]hapter (\d+)\]\(([^)#]*?\.ipynb)[^)]*\)", text):
+        assert file.split("/")[-1].startswith(f"{int(number):02d}_"), f"chapter {number} is not {file}"
+
+
+@by_name
+def test_chapters_are_named_with_a_link(path):
+    text = re.sub(r"\[[^\]]*\]\([^)]*\)", "", prose(path))
+    assert not (found := re.findall(r".{20}\b[Cc]hapters? \d+", text)), f"no link: {found}"
+
+
+@by_name
+def test_labelled_figures_have_their_picture(path):
+    for cell in code(path):
+        if not (label := re.search(r"^#\|\s*label:\s*(fig-\S+)", cell.source, re.M)): continue
+        kinds = {k for out in cell.outputs for k in out.get("data", {})}
+        assert kinds & {"image/png", "image/svg+xml", "text/html", "text/markdown"}, f"{label[1]} has no stored picture"
+        assert re.search(r'^#\|\s*fig-cap:\s*"?\S', cell.source, re.M), f"{label[1]} has no caption"
+        assert re.search(r'^#\|\s*fig-alt:\s*"?\S', cell.source, re.M), f"{label[1]} has no alternative text"
+
+
+@by_chapter
+def test_every_equation_of_the_paper_has_its_number_in_code(path):
+    "A docstring names equations of the paper as (P13); a bare (13) could be any."
+    for cell in code(path):
+        assert not (found := re.findall(r"Eqs?\. \(\d+\)", cell.source)), f"{found}: write (P13) for the paper's (13)"
+
+
+# ---- what runs where
+
+@by_name
+def test_results_are_read_from_the_package(path):
+    for cell in code(path):
+        found = re.findall(r"""["'](?:\.\./)*(?:nbs/)?results/[^"']*["']""", cell.source)
+        assert not found, f"{found}: use result(...) or picture(...), so that the chapter runs alone"
+
+
+@by_name
+def test_cells_that_take_long_ask_first(path):
+    for cell in code(path):
+        for kind in re.findall(r"^#\|\s*(slow|gpu)\s*$", cell.source, re.M):
+            assert f'wanted("{kind}"' in cell.source or not any(isinstance(s, ast.Expr | ast.For) for s in parse(cell)), \
+                f"'Run all' in Jupyter runs this: {cell.source[:80]}"
+
+
+@pytest.mark.parametrize("stem", ["20_results", "25_differences"])
+def test_a_chapter_runs_alone(stem, tmp_path, monkeypatch):
+    "As on Colab: the package installed, the notebook in an empty folder."
+    from nbclient import NotebookClient
+    monkeypatch.chdir(tmp_path)
+    path, = NBS.glob(f"*/{stem}.ipynb")
+    NotebookClient(read(path), timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)

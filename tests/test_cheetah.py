@@ -5,7 +5,6 @@ import hashlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import gymnasium as gym
 import minari
@@ -31,8 +30,8 @@ from bdpo_lit.evidence.cheetah import (
 )
 from bdpo_lit.offline.data import DataError, Transitions, load_minari, reference_scores
 from bdpo_lit.offline.evaluation import evaluate
+from bdpo_lit.reference.style import RESULTS
 
-RESULTS = Path(__file__).resolve().parent.parent / "nbs" / "results"
 SMALL = "toy/cheetah-small-v0"
 
 
@@ -62,7 +61,7 @@ def test_ars_step_is_the_formula_written_out():
     used = [x for i in best for x in returns[i]]
     step = sum((returns[i][0] - returns[i][1]) * deltas[i] for i in best)
     want = W + 0.1 / (3 * np.std(used)) * step
-    np.testing.assert_allclose(ars_step(W, deltas, returns, alpha=0.1, best=3), want, rtol=1e-6)
+    np.testing.assert_allclose(ars_step(W, deltas, returns, rate=0.1, best=3), want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("cut", [1, 17, 39])
@@ -157,20 +156,20 @@ def test_impossible_recipes_are_refused(bad, root):
 
 # ---- the baseline
 
-@pytest.mark.parametrize("tau", [0.5, 0.7, 0.95])
-def test_expectile_loss_is_least_at_the_expectile(tau):
+@pytest.mark.parametrize("level", [0.5, 0.7, 0.95])
+def test_expectile_loss_is_least_at_the_expectile(level):
     x = torch.randn(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     v = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([v], max_iter=100, tolerance_grad=1e-10)
 
     def closure():
         optimizer.zero_grad()
-        loss = expectile_loss(x - v, tau)
+        loss = expectile_loss(x - v, level)
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    assert float(v.detach()) == pytest.approx(stats.expectile(x.numpy(), tau), abs=1e-4)
+    assert float(v.detach()) == pytest.approx(stats.expectile(x.numpy(), level), abs=1e-4)
 
 
 def two_steps(n=1500):
@@ -187,9 +186,9 @@ def two_steps(n=1500):
 
 def test_iql_looks_ahead_and_cloning_does_not():
     data, states = two_steps(), np.array([[-1.0], [1.0]], np.float32)
-    early, late = iql(data, 1000, beta=1.0, hidden=(32, 32))[0](states)[:, 0]
+    early, late = iql(data, 1000, sharpness=1.0, hidden=(32, 32))[0](states)[:, 0]
     assert early > 0.2 and late < -0.2
-    early, late = iql(data, 600, beta=0.0, hidden=(32, 32))[0](states)[:, 0]
+    early, late = iql(data, 600, sharpness=0.0, hidden=(32, 32))[0](states)[:, 0]
     assert abs(early) < 0.12 and abs(late) < 0.12
 
 

@@ -3,11 +3,11 @@ import ast
 import configparser
 import importlib.metadata
 import re
-import shutil
 import sys
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 from nbdev.config import get_config
@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 DEPENDENCIES = [Requirement(d) for d in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"])]
-CHAPTERS = sorted(p.name for p in (ROOT / "nbs").glob("*.ipynb"))
+CHAPTERS = sorted((ROOT / "nbs").glob("*/*.ipynb"), key=lambda p: p.name)
+PAGES = ["index.ipynb", *(p.relative_to(ROOT / "nbs").as_posix() for p in CHAPTERS)]
 
 
 # ---- one project, told twice: pyproject.toml (nbdev 3, pip) and settings.ini (nbdev 2)
@@ -60,7 +61,8 @@ def imported(file):
 def test_every_import_is_a_declared_dependency():
     declared = {canonicalize_name(Requirement(d).name) for d in PROJECT["dependencies"]}
     owners, missing = importlib.metadata.packages_distributions(), set()
-    for file in sorted((ROOT / "bdpo_lit").glob("*.py")):
+    for file in sorted((ROOT / "bdpo_lit").rglob("*.py")):
+        if file.name == "_site.py": continue    # makes the site, with the dev extra
         for name in imported(file):
             if not declared & {canonicalize_name(d) for d in owners.get(name, [name])}: missing.add((file.name, name))
     assert not missing, f"imported, but not in [project.dependencies]: {sorted(missing)}"
@@ -127,42 +129,40 @@ def test_make_address(run, copy_project):
     run(*make, "URL=https://github.com/some.one/other-name", cwd=project)
     files = run("git", "ls-files", cwd=project).stdout.splitlines()
     assert not list(strange_addresses(project, files))
-    assert not run("git", "grep", "-lF", PROJECT["urls"]["Repository"], cwd=project, check=False).stdout
+    for url in PROJECT["urls"].values(): assert not run("git", "grep", "-lF", url, cwd=project, check=False).stdout
     cfg = configparser.ConfigParser()
     cfg.read(project / "settings.ini")
     assert (cfg["DEFAULT"]["user"], cfg["DEFAULT"]["repo"]) == ("some.one", "other-name")
 
 
-# ---- the site
+# ---- the site (its pages are tested in test_pages.py)
 
-def test_every_chapter_is_in_the_sidebar():
-    def walk(items): return [name for i in items for name in (walk(i["contents"]) if isinstance(i, dict) else [i])]
-    sidebar = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]
-    assert sorted(walk(sidebar["contents"])) == CHAPTERS
+SITE = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]
 
 
-def test_every_chapter_is_in_the_readme():
-    listed = re.findall(r"\]\(nbs/(\w+\.ipynb)\)", (ROOT / "README.md").read_text())
-    assert sorted({*listed, "index.ipynb"}) == sorted({*CHAPTERS, "index.ipynb"})
+def test_every_chapter_is_in_the_sidebar_in_reading_order():
+    def walk(items):
+        for item in items:
+            if isinstance(item, str): yield item
+            elif isinstance(item["contents"], list): yield from walk(item["contents"])
+    assert list(walk(SITE["sidebar"]["contents"])) == PAGES
 
 
-def test_index_and_readme_list_the_same_chapters():
-    index = (ROOT / "nbs" / "index.ipynb").read_text()
-    rows = re.findall(r"^\| \[.*?\]\(nbs/\w+\.ipynb\) \|.*$", (ROOT / "README.md").read_text(), re.M)
-    missing = [row for row in rows if row.replace("(nbs/", "(") not in index]
-    assert rows and not missing, f"not in the index: {missing}"
+def test_site_agrees_with_the_project():
+    assert (SITE["title"], SITE["description"]) == (PYPROJECT["tool"]["nbdev"]["title"], PROJECT["description"])
+    assert (SITE["repo-url"], SITE["site-url"]) == (PROJECT["urls"]["Repository"], PROJECT["urls"]["Documentation"])
+    for file in ("favicon", "image"): assert (ROOT / "nbs" / SITE[file]).exists()
 
 
-def test_site_can_be_staged(run, copy_project):
-    project = copy_project("site")
-    assert (ROOT / "nbs" / "_quarto.yml").is_symlink()
-    (project / "stub").mkdir()
-    (project / "stub" / "quarto").symlink_to(shutil.which("true"))   # nbdev asks only whether there is one
-    run("sh", "-c", f'PATH="{project}/stub:$PATH" nbdev-proc-nbs --n-workers 1', cwd=project)
-    staged = {p.name for p in (project / "_proc").iterdir()}
-    assert {*CHAPTERS, "_quarto.yml", "nbdev.yml", "styles.css"} <= staged
-    site = yaml.safe_load((project / "_proc" / "nbdev.yml").read_text())["website"]
-    assert (site["title"], site["repo-url"]) == (PYPROJECT["tool"]["nbdev"]["title"], PROJECT["urls"]["Repository"])
+def test_readme_and_index_list_every_chapter():
+    "The same rows in both: number, title and link, and a line on what it is about."
+    readme, index = (ROOT / "README.md").read_text(), (ROOT / "nbs" / "index.ipynb").read_text()
+    rows = re.findall(r"^\| (\d+) \| \[(.*?)\]\(nbs/(\S+)\) \| (.*) \|$", readme, re.M)
+    assert [row[2] for row in rows] == PAGES[1:]
+    for number, title, file, about in rows:
+        first = nbformat.read(ROOT / "nbs" / file, 4).cells[0].source
+        assert first.startswith(f"# {number} · {title}\n"), f"chapter {number} has another title"
+        assert f"| {number} | [{title}]({file}) | {about} |" in index
 
 
 # ---- commands
@@ -177,7 +177,7 @@ def test_make_lists_every_target(run):
     assert sorted(listed) == sorted(targets())
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"nbs/{c}" for c in CHAPTERS)])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"nbs/{page}" for page in PAGES)])
 def test_promised_commands_exist(page):
     promised = set(re.findall(r"(?:`|^    |\"    )make ([a-z][a-z-]+)", (ROOT / page).read_text(), re.M))
     assert promised <= set(targets())
@@ -204,13 +204,38 @@ def site(run, copy_project):
     return project.parent / "site"
 
 
+def alone(site, run, program):
+    "What a program prints far from the repository, with the wheel installed."
+    (site.parent / "empty").mkdir(exist_ok=True)
+    return run("python", "-W", "ignore", "-c", program, cwd=site.parent / "empty", PYTHONPATH=str(site)).stdout.split()
+
+
 def test_wheel_imports_everywhere(site, run):
-    every = sorted(f"bdpo_lit.{p.stem}" for p in (ROOT / "bdpo_lit").glob("*.py") if p.stem != "__init__")
-    program = f"import importlib, bdpo_lit\nfor name in {every}: print(importlib.import_module(name).__file__)"
-    files = run("python", "-W", "ignore", "-c", program, cwd=site.parent, PYTHONPATH=str(site)).stdout.split()
-    assert [f for f in files if f.endswith(".py")] == [str(site / f"{m.replace('.', '/')}.py") for m in every]
+    files = [p.relative_to(ROOT) for p in sorted((ROOT / "bdpo_lit").glob("*/*.py")) if p.stem != "__init__"]
+    every = [".".join(file.with_suffix("").parts) for file in files]
+    shown = alone(site, run, f"import importlib\nfor name in {every}: print(importlib.import_module(name).__file__)")
+    assert [f for f in shown if f.endswith(".py")] == [str(site / file) for file in files]
     top = {p.name for p in site.iterdir()} - {"bin"}
     assert top == {"bdpo_lit", f"bdpo_lit-{get_config(ROOT).version}.dist-info"}
+
+
+def test_wheel_carries_the_results(site, run):
+    "A chapter opened alone finds its numbers and pictures in the package."
+    names = [p.name for p in (ROOT / "bdpo_lit" / "results").iterdir() if p.is_file()]
+    program = (f"from bdpo_lit.reference.style import RESULTS, picture, result\nfor name in {names}:\n"
+               "    print(name, bool(picture(name, 'x').data if name[-3:] in ('png', 'gif') else result(name)))")
+    shown = alone(site, run, program)
+    assert dict(zip(shown[::2], shown[1::2])) == dict.fromkeys(names, "True")
+
+
+def test_public_names_come_lazily(site, run):
+    """`import bdpo_lit` is quick, without torch, and has what a user needs."""
+    light = "import bdpo_lit, sys; print('torch' in sys.modules, 'BDPO' in dir(bdpo_lit), len(bdpo_lit.__all__) > 10)"
+    assert alone(site, run, light) == ["False", "True", "True"]
+    names = "import bdpo_lit\nfor n in bdpo_lit.__all__: print(getattr(getattr(bdpo_lit, n), '__name__', n) == n)"
+    assert set(alone(site, run, names)) == {"True"}
+    unknown = "import bdpo_lit\ntry: bdpo_lit.nothing\nexcept AttributeError as e: print(e)"
+    assert "'nothing'" in alone(site, run, unknown)
 
 
 def test_commands_are_installed(site):

@@ -5,7 +5,6 @@ import json
 import sys
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,9 +29,9 @@ from bdpo_lit.algorithm.speed import (
     use_bend,
 )
 from bdpo_lit.offline.training import RunError, TrainConfig, Training, load_agent, load_checkpoint, run_together
+from bdpo_lit.reference.style import RESULTS
 
 compiles = pytest.mark.skipif(bool(compiler_trouble()), reason="needs a C++ compiler")
-RESULTS = Path(__file__).parent.parent / "nbs" / "results"
 TINY = dict(num_critics=3, num_samples=4, actor_hidden=(16, 16), critic_hidden=(16, 16), time_dim=8)
 CASES = {
     "locomotion": {}, "antmaze": dict(q_layer_norm=True, max_q=True, rho=0.5), "unclipped": dict(clip=None),

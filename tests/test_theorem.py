@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from bdpo_lit import diffusion as df
-from bdpo_lit import exact as ex
-from bdpo_lit import path_kl as pk
+from bdpo_lit.theory import diffusion as df
+from bdpo_lit.theory import path_kl as pk
+from bdpo_lit.theory import theorem as ex
 from bdpo_lit.theory.diffusion import Mixture, Schedule, vp_schedule
 from bdpo_lit.theory.soft_rl import boltzmann, kl, log_mean_exp
 
@@ -158,7 +158,7 @@ def test_the_theorem_on_any_chain(S, N, eta, seed, gaussian):
     if gaussian:
         F = ex.forward_kernels(torch.linspace(-2, 2, S, **F64), schedule_of((0.02 + 0.9 * rand(seed, N)).tolist()))
     R, pi = ex.reverse_kernels(nu, F), boltzmann(Q, nu, eta)
-    V, q_nu, q_pi = ex.optimal_values(Q, R, eta), ex.marginals(nu, F), ex.marginals(pi, F)
+    V, q_nu, q_pi = ex.optimal_values(Q, R, eta), ex.grid_marginals(nu, F), ex.grid_marginals(pi, F)
     K, best = ex.optimal_kernels(V, R, eta), log_mean_exp(Q, nu, eta)
     close(K.sum(-1), 1, 1e-9)
     close(K, ex.reverse_kernels(pi, F), 1e-7)                                        # Theorem C.1
@@ -177,8 +177,8 @@ def test_the_theorem_in_closed_form(A, sched, eta, seed):
     L, H = randn(seed, A, A), randn(seed + 1, A, A)
     nu = ex.Gaussian(randn(seed + 2, A), L @ L.T + 0.1 * torch.eye(A, **F64))
     v = v0 = ex.Quadratic(torch.tensor(0.0, **F64), randn(seed + 3, A) / eta, H @ H.T / eta)
-    prec = torch.linalg.inv(nu.cov) + v0.P
-    pi = ex.Gaussian(torch.linalg.solve(prec, torch.linalg.solve(nu.cov, nu.mean) + v0.b), torch.linalg.inv(prec))
+    prec = torch.linalg.inv(nu.cov) + v0.curvature
+    pi = ex.Gaussian(torch.linalg.solve(prec, torch.linalg.solve(nu.cov, nu.mean) + v0.linear), torch.linalg.inv(prec))
     x = randn(seed + 4, 5, A)
     for n in range(1, sched.num_steps + 1):
         v, optimal = ex.quadratic_backup(v, ex.gaussian_reverse(nu, n, n - 1, sched))
@@ -327,7 +327,7 @@ REV, PI = ex.reverse_kernels(NU, FWD), boltzmann(VALUES, NU, ETA)
 
 def check_reverse(f):
     "Joint probabilities read from both sides agree."
-    p, R = ex.marginals(NU, FWD), f(NU, FWD)
+    p, R = ex.grid_marginals(NU, FWD), f(NU, FWD)
     for n in STEPS: close(p[n][:, None] * R[n], (p[n - 1][:, None] * FWD[n]).T, 1e-12)
 
 

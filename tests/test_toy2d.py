@@ -2,15 +2,14 @@
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bdpo_lit import bdpo, toy2d
+from bdpo_lit.algorithm import bdpo
 from bdpo_lit.algorithm.bdpo import BDPO, BDPOConfig
-from bdpo_lit.theory.diffusion import forward_sample, vp_schedule
+from bdpo_lit.evidence import toy2d
 from bdpo_lit.evidence.toy2d import (
     PRESETS,
     TASKS,
@@ -30,8 +29,9 @@ from bdpo_lit.evidence.toy2d import (
     toy,
     walk,
 )
+from bdpo_lit.reference.style import result
+from bdpo_lit.theory.diffusion import forward_sample, vp_schedule
 
-RESULTS = Path(__file__).resolve().parent.parent / "nbs" / "results" / "toy2d_small.json"
 TINY = replace(PRESETS["small"], pretrain_steps=4, train_steps=6, batch_size=16, num_points=12_000, algorithm=replace(
     PRESETS["small"].algorithm, num_steps=4, actor_hidden=(8,), critic_hidden=(8,), time_dim=8, warmup_steps=2,
     actor_every=1, actor_decay_steps=4, critic_decay_steps=6))
@@ -232,7 +232,7 @@ def test_paper_preset_is_the_papers():
 
 
 def test_stored_results_are_complete():
-    found = json.loads(RESULTS.read_text())
+    found = result("toy2d_small.json")
     made = {(r["task"], r["eta"], r["seed"]) for r in found}
     assert {(t, 0.06, s) for t in TASKS for s in range(3)} <= made
     assert all(r["provenance"]["commit"] and "dirty" not in r["provenance"]["commit"] for r in found)

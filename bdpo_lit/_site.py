@@ -1,0 +1,303 @@
+"""How the chapters become the site: `python -m bdpo_lit._site` (what `make docs` runs) stages the notebooks with nbdev,
+adds an API page for every module, and has Quarto render them. Not part of the book; needs the dev extra.
+
+nbdev replaces exported cells by their signatures. A book that implements each equation in a few lines must show the
+lines, so `Page` does the opposite: definitions stand whole where they are derived, and signatures have pages of their
+own. What the notebooks write so that Jupyter, Colab and GitHub can show it, `Page` turns into what Quarto has for it.
+"""
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from datetime import date
+from importlib import import_module
+from pathlib import Path
+
+from fastcore.nbio import mk_cell
+from nbdev.config import get_config
+from nbdev.process import Processor
+from nbdev.showdoc import show_doc, showdoc_nm
+
+import bdpo_lit
+from bdpo_lit.reference.style import RESULTS, result
+
+PACKAGE = Path(bdpo_lit.__file__).parent
+NBS = PACKAGE.parent / "nbs"
+PARTS = dict(theory="Theory", algorithm="Algorithm", offline="Offline RL", evidence="Evidence", reference="Reference")
+COLAB = "https://colab.research.google.com"
+
+
+# ---- what there is
+
+def chapters() -> list[Path]:
+    "All chapters in reading order: parts are folders, chapters are numbered through."
+    return sorted(NBS.glob("*/[0-9][0-9]_*.ipynb"), key=lambda p: p.name)
+
+
+def modules() -> list[str]:
+    "All exported modules in reading order, as `part.name`."
+    stems = [(p.parent.name, p.stem[3:]) for p in chapters()]
+    return [f"{part}.{stem}" for part, stem in stems if (PACKAGE / part / f"{stem}.py").exists()]
+
+
+def chapter_of(module: str) -> Path:
+    part, stem = module.split(".")
+    return next(p for p in chapters() if p.parent.name == part and p.stem[3:] == stem)
+
+
+def defined(source: str) -> list[str]:
+    "Names that a cell or a module defines: functions, classes, and methods added by `@patch` as `Class.method`."
+    found = []
+    for node in ast.parse(re.sub(r"(?m)^\s*[!%].*$", "", source)).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            name = showdoc_nm(node)
+            found += name if isinstance(name, list) else [name]
+    return found
+
+
+def homes() -> dict[str, str]:
+    "Where each definition is: `name` -> `part.module`. A name that two modules define belongs to neither."
+    found, twice = {}, set()
+    for module in modules():
+        for name in defined((PACKAGE / f"{module.replace('.', '/')}.py").read_text()):
+            if name in found: twice.add(name)
+            found[name] = module
+    return {name: module for name, module in found.items() if name not in twice}
+
+
+# ---- one page
+
+CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.S | re.M)
+MATH = re.compile(r"(\$\$.*?\$\$|(?<![\\$])\$[^$]+?\$)", re.S)
+LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\([^)]*\)|<[^>]+>)")
+
+
+def prose(text: str, change) -> str:
+    "Apply a change to running text only: not to code, formulas or links."
+    for pattern in (CODE, MATH, LINK):
+        if not pattern.search(text): continue
+        parts = pattern.split(text)
+        return "".join(part if i % 2 else prose(part, change) for i, part in enumerate(parts))
+    return change(text)
+
+
+def callouts(text: str) -> str:
+    "A quotation that opens with a bold word and a title becomes Quarto's callout."
+    def one(m):
+        body = re.sub(r"(?m)^> ?", "", m[3]).strip("\n")
+        title = f"## {m[2].strip()}\n" if m[2].strip() else ""
+        return f"\n::: {{.callout-{m[1].lower()}}}\n{title}{body}\n:::\n"
+    kinds = "Note|Tip|Warning|Caution|Important"
+    return re.sub(rf"^> \*\*({kinds})\.([^*\n]*)\*\*((?:[^\n]*\n?)(?:^>[^\n]*\n?)*)", one, text, flags=re.M)
+
+
+def tables(text: str) -> str:
+    "A table of five columns or more scrolls within itself on a phone, and keeps the width to be read."
+    def one(m):
+        columns = m[0].splitlines()[0].count("|") - 1
+        return f"::: {{.wide-table}}\n{m[0].rstrip()}\n:::\n" if columns >= 5 else m[0]
+    return re.sub(r"(?m)(?:^\|.*\|[ ]*(?:\n|\Z)){3,}", one, text)
+
+
+def citations(text: str) -> str:
+    "A link whose title is a key of the bibliography becomes a citation."
+    return re.sub(r'\[([^\]]*)\]\(\S+ "(@[\w:-]+)"\)', r"\2", text)
+
+
+class Page(Processor):
+    "Last of nbdev's processors: from the cells of a chapter to those of its page."
+    def begin(self):
+        cfg = get_config()
+        self.path = Path(self.nb.path_).resolve().relative_to(cfg.nbs_path.resolve())
+        self.up = "../" * (len(self.path.parts) - 1)
+        self.homes = homes()
+        cells, out = self.nb.cells, []
+        for k, cell in enumerate(cells):
+            if cell.cell_type == "raw": out += [cell, self.badge(cfg)]
+            elif cell.cell_type == "markdown": out.append(self.text(cell, opening=k == 1))
+            elif cell.source.strip() and "default_exp" not in cell.directives_: out += self.code(cell)
+        for cell in out:
+            if cell.cell_type == "code": cell["outputs"] = [self.output(o) for o in cell.get("outputs", [])]
+            cell.metadata.pop("execution", None)
+        self.nb.cells = out
+
+    def badge(self, cfg):
+        url = f"{COLAB}/github/{cfg.user}/{cfg.repo}/blob/{cfg.branch}/{cfg.nbs_path.name}/{self.path.as_posix()}"
+        image = f'<img src="{COLAB}/assets/colab-badge.svg" alt="Open in Colab" height="20">'
+        return mk_cell(f'<p class="badge-line"><a href="{url}">{image}</a></p>', "markdown")
+
+    def text(self, cell, opening: bool):
+        text = tables(citations(callouts(cell.source)))
+        index = f"{self.up}reference/23_equations.ipynb"
+        text = prose(text, lambda t: re.sub(r"\((P(\d+))\)", rf"[(\1)]({index}#\1)", t))
+        text = re.sub(r"(?<![\[`])`([\w.]+)`(?![\]`])", self.symbol, text)
+        cell.source = f"::: {{.opening}}\n{text}\n:::" if opening else text
+        return cell
+
+    def symbol(self, m):
+        "A name in backticks leads to its definition, unless it stands on this page."
+        module = self.homes.get(m[1])
+        if not module: return m[0]
+        return f"[`{m[1]}`]({self.up}{chapter_of(module).relative_to(NBS).as_posix()}#{m[1]})"
+
+    def code(self, cell) -> list:
+        exported = {"export", "exports", "exporti"} & cell.directives_.keys()
+        body = ast.parse(re.sub(r"(?m)^\s*[!%].*$", "pass", cell.source)).body
+        if body and all(isinstance(s, ast.Import | ast.ImportFrom) for s in body) and "code-fold" not in cell.source:
+            cell.source = '#| code-fold: true\n#| code-summary: "Imports"\n' + cell.source
+        names = defined(cell.source) if exported else []
+        anchors = " ".join(f'[API]({self.up}api/{self.homes[n]}.qmd#{n}){{#{n} .api title="{n}"}}'
+                           for n in names if n in self.homes and not n.startswith("_"))
+        return [mk_cell(f"::: {{.api-line}}\n{anchors}\n:::", "markdown"), cell] if anchors else [cell]
+
+    def output(self, out):
+        "Quarto takes the richest form of an output that it knows; the others only make the page heavy."
+        data = out.get("data", {})
+        if "text/markdown" in data: data["text/markdown"] = tables("".join(data["text/markdown"]))
+        if "image/png" in data: out["data"] = {k: v for k, v in data.items() if k in ("image/png", "text/plain")}
+        return out
+
+
+# ---- pages of the API
+
+def api_page(module: str) -> str:
+    "Signatures and documentation of all public definitions of a module, in the order of its source."
+    cfg, mod, path = get_config(), import_module(f"bdpo_lit.{module}"), PACKAGE / f"{module.replace('.', '/')}.py"
+    chapter = chapter_of(module).relative_to(NBS)
+    title = json.loads((NBS / chapter).read_text())["cells"][0]["source"][0].strip("# \n")
+    tree = ast.parse(path.read_text())
+    lines = {n: node.lineno for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+             for n in defined(ast.unparse(node))}
+    doc = " ".join((mod.__doc__ or "").split())
+    out = [f'---\ntitle: "{module}"\ndescription: {json.dumps(doc)}\npagetitle: "API: {module}"\n---\n',
+           f"Derived in chapter [{title}](../{chapter.as_posix()}).\n"]
+    for name, line in lines.items():
+        if any(part.startswith("_") for part in name.split(".")): continue
+        obj = mod
+        for part in name.split("."): obj = getattr(obj, part)
+        out += [f"## {name} {{#{name}}}\n", "::: {.api-line}",
+                f"[derivation](../{chapter.as_posix()}#{name}) · "
+                f"[source]({cfg.git_url}/blob/{cfg.branch}/bdpo_lit/{module.replace('.', '/')}.py#L{line})\n:::\n",
+                re.sub(r"^---\s*.*?(?=```python)", "", show_doc(obj, name=name)._repr_markdown_(), flags=re.S) + "\n"]
+    return "\n".join(out)
+
+
+def api_index() -> str:
+    rows = ["---\ntitle: API\ndescription: Every public name of the package, by module.\n---\n",
+            "Names of general use come from the package itself, imported when they are first used: "
+            + ", ".join(f"`{n}`" for n in bdpo_lit.__all__) + ".\n"]
+    for part, title in PARTS.items():
+        rows.append(f"\n## {title}\n\n| module | |\n|:--|:--|")
+        for module in modules():
+            if not module.startswith(part): continue
+            doc = (import_module(f"bdpo_lit.{module}").__doc__ or "").split("\n\n")[0].replace("\n", " ")
+            rows.append(f"| [`bdpo_lit.{module}`]({module}.qmd) | {doc} |")
+    return "\n".join(rows) + "\n"
+
+
+# ---- where each equation of the paper is derived, implemented and checked
+
+def equations() -> dict[int, dict]:
+    "By the paper's number: places of the book that display it, functions whose docstring names it, and their checks."
+    found = {int(row["number"]): dict(row, shown=[], functions=[], checks=[]) for row in result("paper_equations.csv")}
+    tests = {p.name: p.read_text() for p in sorted((NBS.parent / "tests").glob("test_*.py"))}
+    for chapter in chapters():
+        where, cells = chapter.relative_to(NBS).as_posix(), json.loads(chapter.read_text())["cells"]
+        number, sources = int(chapter.stem[:2]), ["".join(c["source"]) for c in cells]
+        for cell, text in zip(cells, sources):
+            if cell["cell_type"] == "markdown":
+                for anchor, p in re.findall(r'<a id="([\w-]+)"></a>\s*\$\$(?:(?!\$\$).)*?\\tag\{P(\d+)\}', text, re.S):
+                    found[int(p)]["shown"].append((number, f"{where}#{anchor}"))
+            elif re.search(r"(?m)^#\|\s*export\b", text):
+                for name in defined(text):
+                    for p in {int(p) for p in re.findall(r"\(P(\d+)\)", text)}:
+                        found[p]["functions"].append((name, f"{where}#{name}"))
+                        called = re.compile(rf"\b{re.escape(name.split('.')[-1])}\(")
+                        checks = [t for c, t in zip(cells, sources) if c["cell_type"] == "code" and called.search(t)
+                                  and re.search(r"\b(assert|test_\w+)\b", t) and "#| export" not in t]
+                        if checks: found[p]["checks"].append(f"chapter {number}")
+                        found[p]["checks"] += [file for file, t in tests.items() if called.search(t)]
+    return found
+
+
+def write_index():
+    "Keep the index where chapter 23 reads it."
+    rows = [dict(number=n, says=e["says"], reason=e["reason"], shown=e["shown"], checks=list(dict.fromkeys(e["checks"])),
+                 functions=list(dict(e["functions"]).items())) for n, e in equations().items()]
+    text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (RESULTS / "equation_index.json").write_text(f"[{text}]\n")
+
+
+def bibliography() -> str:
+    "References.bib as a list, oldest first."
+    rows = []
+    for key, body in re.findall(r"@\w+\{([\w:-]+),(.*?)\n\}", (NBS / "references.bib").read_text(), re.S):
+        field = {k: v.replace("{", "").replace("}", "") for k, v in re.findall(r"(\w+) = \{((?:[^{}]|\{[^{}]*\})*)\}", body)}
+        names = [" ".join(reversed(name.split(", "))) for name in field["author"].split(" and ")]
+        place = field.get("journal") or field.get("booktitle") or field.get("publisher") or field.get("howpublished", "")
+        link = f"https://doi.org/{field['doi']}" if "doi" in field else field.get("url")
+        title = f"[{field['title']}]({link})" if link else field["title"]
+        rows.append((field["year"], names[0], f'- {", ".join(names)} ({field["year"]}). {title}. *{place}*.'))
+    return "\n".join(row for *_, row in sorted(rows))
+
+
+def write_bibliography():
+    "Put the list into chapter 26, which Jupyter and Colab show, too."
+    path = NBS / "reference" / "26_bibliography.ipynb"
+    nb = json.loads(path.read_text())
+    k = next(k for k, c in enumerate(nb["cells"]) if "".join(c["source"]) == "## Sources")
+    nb["cells"][k + 1]["source"] = bibliography().splitlines(True)
+    path.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
+
+
+# ---- the whole site
+
+def stage() -> Path:
+    "All pages as Quarto will see them, in _proc/."
+    import nbdev.doclinks
+    from nbdev.quarto import refresh_quarto_yml
+    from nbdev.serve import proc_nbs
+    cfg = get_config()
+    os.chdir(cfg.config_path)
+    refresh_quarto_yml()
+    nbdev.doclinks._build_modidx()
+    staged = proc_nbs(cfg.nbs_path, n_workers=1, force=True)
+    api = staged / "api"
+    api.mkdir()
+    (api / "index.qmd").write_text(api_index())
+    for module in modules(): (api / f"{module}.qmd").write_text(api_page(module))
+    head = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    made = dict(version=bdpo_lit.__version__, commit=head.stdout.strip() or "unknown", date=date.today().isoformat())
+    (staged / "_variables.yml").write_text("\n".join(f'{k}: "{v}"' for k, v in made.items()) + "\n")
+    return staged
+
+
+def anchor_404(page: Path):
+    "The page for wrong addresses is shown under any of them: its links start from the site's root, said once."
+    if not page.exists(): return
+    root = get_config().doc_baseurl.rstrip("/") + "/"
+    text = re.sub(rf'((?:href|src)=")(?:{re.escape(root)}|/)(?:\./)?(?!/)', r"\1", page.read_text())
+    page.write_text(text.replace("<head>", f'<head>\n<base href="{root}">', 1))
+
+
+def main() -> int:
+    """Build _docs/. A warning of Quarto's is a failure. `--index` only writes the index of equations and the
+    list of sources, `--stage` the pages."""
+    if "--index" in sys.argv[1:]: return write_index() or write_bibliography()
+    staged = stage()
+    if "--stage" in sys.argv[1:]: return 0
+    run = subprocess.run(["quarto", "render", ".", "--to", "html", "--no-execute"], cwd=staged,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(run.stdout)
+    docs = Path("_docs")
+    shutil.rmtree(docs, ignore_errors=True)
+    if (staged / "_docs").exists(): shutil.move(staged / "_docs", docs)
+    anchor_404(docs / "404.html")
+    warned = [line for line in run.stdout.splitlines() if "WARN" in line]
+    return run.returncode or bool(warned)
+
+
+if __name__ == "__main__": sys.exit(main())
