@@ -71,8 +71,7 @@ address: $(READY) ## change the repository's address everywhere: make address UR
 	site() { echo "$${1%/*}.github.io/$${1#*/}"; }; \
 	git grep -lF -e "$$old" -e "$$(site $$old)" | while read -r f; do \
 	  sed -i.bak -e "s#$$(site $$old)#$$(site $$new)#g" -e "s#$$old#$$new#g" "$$f" && rm "$$f.bak"; done; \
-	sed -i.bak -e "s#^user = .*#user = $${new%/*}#" -e "s#^repo = .*#repo = $${new#*/}#" \
-	  -e "s#^doc_host = .*#doc_host = https://$${new%/*}.github.io#" -e "s#^doc_baseurl = .*#doc_baseurl = /$${new#*/}#" settings.ini && rm settings.ini.bak; \
+	sed -i.bak -e "s#^user = .*#user = $${new%/*}#" -e "s#^repo = .*#repo = $${new#*/}#" settings.ini && rm settings.ini.bak; \
 	$(BIN)/nbdev-export && git diff --stat
 
 clean: ## remove what can be made again: builds, caches, the generated site (not .venv/, data/, runs/)

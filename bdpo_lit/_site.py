@@ -278,7 +278,7 @@ def stage() -> Path:
 def anchor_404(page: Path):
     "The page for wrong addresses is shown under any of them: its links start from the site's root, said once."
     if not page.exists(): return
-    root = get_config().doc_baseurl.rstrip("/") + "/"
+    root = re.search(r"site-url: https?://[^/]+(/\S*)", (NBS / "_quarto.yml").read_text())[1]
     text = re.sub(rf'((?:href|src)=")(?:{re.escape(root)}|/)(?:\./)?(?!/)', r"\1", page.read_text())
     page.write_text(text.replace("<head>", f'<head>\n<base href="{root}">', 1))
 

@@ -384,7 +384,7 @@ def test_an_actor_that_never_starts_is_announced(bdpo):
 def test_help_names_every_field_with_its_meaning(bdpo):
     said = re.sub(r"[\s│]+", " ", bdpo("train --task antmaze-large-play-v0 --help"))
     for part, words in (("train", ["--train.normalize-obs", "transitions per update", "(default: 100)"]),
-                        ("algorithm", ["--algorithm.max-q", "best of the M actions", "(default: 0.995)"])):
+                        ("algorithm", ["--algorithm.max-q", "best of M", "(default: 0.995)"])):
         for word in words: assert word in said, (part, word)
     for command in cli.COMMANDS: assert "--help" in bdpo(f"{command} --help")
 

@@ -150,7 +150,7 @@ def test_every_chapter_is_in_the_sidebar_in_reading_order():
 
 def test_site_agrees_with_the_project():
     assert (SITE["title"], SITE["description"]) == (PYPROJECT["tool"]["nbdev"]["title"], PROJECT["description"])
-    assert (SITE["repo-url"], SITE["site-url"]) == (PROJECT["urls"]["Repository"], PROJECT["urls"]["Documentation"])
+    assert (SITE["repo-url"], SITE["site-url"]) == (PROJECT["urls"]["Repository"], PROJECT["urls"]["Homepage"])
     for file in ("favicon", "image"): assert (ROOT / "nbs" / SITE[file]).exists()
 
 

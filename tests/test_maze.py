@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import gymnasium as gym
 import h5py
@@ -88,6 +89,9 @@ def test_metadata_is_complete_and_names_no_local_path(root):
     assert (stored["ref_min_score"], stored["ref_max_score"]) == (low, high) and low < 1 and 150 < high < 300
     for key in ("author", "description", "code_permalink", "algorithm_name", "eval_env_spec", "requirements"):
         assert stored[key], key
+    chapter = stored["code_permalink"].partition("/blob/main/")[2]
+    assert chapter == "nbs/offline/13_maze.ipynb"
+    assert (Path(__file__).resolve().parent.parent / chapter).is_file()
     text = (root / SMALL / "data" / "metadata.json").read_text()
     assert str(root) not in text and os.path.expanduser("~") + "/" not in text
     assert minari.get_normalized_score(dataset, np.array([high]))[0] == 1.0

@@ -22,16 +22,13 @@ from .data import flatten_obs
 # %% ../../nbs/offline/14_evaluation.ipynb #13-006
 @dataclass(frozen=True)
 class Evaluation:
-    "What a policy did in E episodes."
-    returns: Float[np.ndarray, "E"]               # sum of rewards
-    lengths: Int[np.ndarray, "E"]                 # steps
-    # 1 where success was reported at some step; None if it never is
-    success: Float[np.ndarray, "E"] | None
-    # per episode the observations (T + 1, S), if asked for
-    trajectories: list[np.ndarray] | None = None
-    seed: int | None = None                       # of the evaluation
-    # candidates per decision; None: the policy does not say
-    num_actions: int | None = None
+    "What a policy did in L episodes."
+    returns: Float[np.ndarray, "L"]                # sum of rewards
+    lengths: Int[np.ndarray, "L"]                  # steps
+    success: Float[np.ndarray, "L"] | None         # 1: reported once; None: never is
+    trajectories: list[np.ndarray] | None = None   # observations (T + 1, S), if asked
+    seed: int | None = None                        # of the evaluation
+    num_actions: int | None = None                 # candidates per decision, if known
 
     def __len__(self) -> int:
         return len(self.returns)
@@ -43,17 +40,14 @@ class Evaluation:
 
 # %% ../../nbs/offline/14_evaluation.ipynb #13-007
 def episode_seeds(seed: int,      # of the evaluation
-                  episodes: int,  # E
+                  episodes: int,  # L
                  ) -> list[int]:  # one per episode
-    """Seeds of the single episodes; those of different evaluations do not overlap, as
-    seed + k would."""
-    return [int(s.generate_state(1)[0])
-            for s in np.random.SeedSequence(seed).spawn(episodes)]
+    "Seeds of the episodes; unlike seed + k, those of two evaluations do not overlap."
+    children = np.random.SeedSequence(seed).spawn(episodes)
+    return [int(s.generate_state(1)[0]) for s in children]
 
 # %% ../../nbs/offline/14_evaluation.ipynb #13-009
-def vectorize(
-              # builds one environment with a time limit
-              make_env: Callable[[], gym.Env],
+def vectorize(make_env: Callable[[], gym.Env],  # builds one with a time limit
               num_envs: int,                    # how many
              ) -> VectorEnv:
     "Environments side by side in one process, without automatic resets."
@@ -68,124 +62,114 @@ def _checked(action, shape: tuple) -> np.ndarray:
                          f"expected {shape}")
     if not np.isfinite(action).all():
         raise ValueError(f"the policy returned {int((~np.isfinite(action)).sum())} "
-                         f"values that are NaN or infinite")
+                         "values that are NaN or infinite")
     return action
 
 # %% ../../nbs/offline/14_evaluation.ipynb #13-011
-MAX_STEPS = 100_000  # an episode longer than this has no time limit
-
-def evaluate(
-             # (n, S) float32 -> (n, A): observations of n environments to their actions
-             policy: Callable,
-             # builds one environment with a time limit; or the result of `vectorize`
-             make_env: Callable | VectorEnv,
-             episodes: int = 20,           # E
-             seed: int = 0,  # episode k is reset with `episode_seeds(seed, E)[k]`
-             progress: bool = False,       # show a bar
-             num_envs: int | None = None,  # environments side by side; None: at most 20
-             trajectories: bool = False,   # keep the observations
+def evaluate(policy: Callable,   # (B, S) float32 -> (B, A), for B environments
+             make_env: Callable | VectorEnv,  # builds one; or the result of `vectorize`
+             episodes: int = 20,              # L
+             seed: int = 0,                   # of the evaluation, see `episode_seeds`
+             progress: bool = False,          # show a bar
+             num_envs: int | None = None,     # side by side; None: at most 20
+             trajectories: bool = False,      # keep the observations
             ) -> Evaluation:
-    """Play E whole episodes. `ValueError` if actions are bad, an episode does not end,
-    or environments reset themselves."""
+    "Play L whole episodes. `ValueError` on bad actions or environments."
     if episodes < 1: raise ValueError(f"episodes must be at least 1, got {episodes}")
     own = not isinstance(make_env, VectorEnv)
-    if not own and (
-        mode := make_env.metadata.get("autoreset_mode")) != AutoresetMode.DISABLED:
-        raise ValueError(f"the environments must not reset themselves, but their "
-                         f"autoreset_mode is {mode}; " "build them with `vectorize`")
+    mode = None if own else make_env.metadata.get("autoreset_mode")
+    if not own and mode != AutoresetMode.DISABLED:
+        raise ValueError("the environments must not reset themselves, but their "
+                         f"autoreset_mode is {mode}; build them with `vectorize`")
     envs = vectorize(make_env, min(episodes, num_envs or 20)) if own else make_env
-    stated = dict(seed=seed, num_actions=getattr(policy, "num_actions", None))
     try:
-        return replace(_play_all(policy, envs, episode_seeds(seed, episodes), progress,
-                                 trajectories), **stated)
+        seeds = episode_seeds(seed, episodes)
+        played = _play_all(policy, envs, seeds, progress, trajectories)
     finally:
         if own: envs.close()
+    return replace(played, seed=seed, num_actions=getattr(policy, "num_actions", None))
 
 # %% ../../nbs/offline/14_evaluation.ipynb #13-012
+MAX_STEPS = 100_000  # an episode longer than this has no time limit
+
 def _play_all(policy: Callable, envs: VectorEnv, seeds: list[int], progress: bool,
               keep: bool) -> Evaluation:
     "One episode per seed."
-    E, n, box = len(seeds), envs.num_envs, envs.single_action_space
+    L, width, box = len(seeds), envs.num_envs, envs.single_action_space
     if not isinstance(box, gym.spaces.Box):
         raise ValueError(f"the action space is {box}; only Box is supported")
     see = lambda obs: flatten_obs(envs.single_observation_space, obs).astype(np.float32)
-    returns = np.zeros(E)
-    lengths = np.zeros(E, int)
-    success = np.zeros(E)
-    reports = False
-    paths = [[] for _ in seeds]
-    # who plays what; the next episode to start
-    playing, waiting = np.array([k if k < E else -1 for k in range(n)]), n
+    returns, lengths, success = np.zeros(L), np.zeros(L, int), np.zeros(L)
+    reports, paths = False, [[] for _ in seeds]
+    playing = np.array([k if k < L else -1 for k in range(width)])  # who plays what
+    waiting = width                                                 # the next to start
     obs, _ = envs.reset(seed=[seeds[max(k, 0)] for k in playing])
-    with tqdm(total=E, unit="episode", disable=not progress) as bar:
+    with tqdm(total=L, unit="episode", disable=not progress) as bar:
         while (live := playing >= 0).any():
             now, x = playing[live], see(obs)
-            if keep: [paths[k].append(o.copy()) for k, o in zip(now, x[live])]
-            action = _checked(policy(x), (n, *box.shape))
-            obs, reward, terminated, truncated, info = envs.step(
-                np.clip(action, box.low, box.high).astype(box.dtype))
+            if keep:
+                for k, o in zip(now, x[live]): paths[k].append(o.copy())
+            action = _checked(policy(x), (width, *box.shape))
+            action = np.clip(action, box.low, box.high).astype(box.dtype)
+            obs, reward, terminated, truncated, info = envs.step(action)
             returns[now] += reward[live]
             lengths[now] += 1
             for key in {"success", "is_success"} & set(info):
-                reports, success[now] = True, np.maximum(success[now],
-                                                         np.asarray(info[key],
-                                                                    float)[live])
+                reports, told = True, np.asarray(info[key], float)[live]
+                success[now] = np.maximum(success[now], told)
             if lengths.max() > MAX_STEPS:
                 raise ValueError(f"an episode passed {MAX_STEPS} steps; the "
-                                 f"environment needs a time limit")
+                                 "environment needs a time limit")
             done = terminated | truncated
             if not done.any(): continue
             if keep:
-                [paths[playing[i]].append(see(obs)[i].copy())
-                 for i in np.flatnonzero(done & live)]
+                last = see(obs)
+                for i in np.flatnonzero(done & live):
+                    paths[playing[i]].append(last[i].copy())
             bar.update(int((done & live).sum()))
             for i in np.flatnonzero(done):
-                playing[i], waiting = ((waiting, waiting + 1) if waiting < E
-                                       else (-1, waiting))
+                playing[i] = waiting if waiting < L else -1
+                waiting += 1
             obs, _ = envs.reset(seed=[seeds[max(k, 0)] for k in playing],
                                 options={"reset_mask": done})
     return Evaluation(returns, lengths, success if reports else None,
                       [np.array(p) for p in paths] if keep else None)
 
 # %% ../../nbs/offline/14_evaluation.ipynb #13-021
-def normalized_score(returns: Float[np.ndarray, "*E"] | Sequence | float,  # returns
+def normalized_score(returns: Float[np.ndarray, "*L"] | Sequence | float,  # one or more
                      ref_min: float,  # return that counts as 0
                      ref_max: float,  # return that counts as 100
-                    ) -> Float[np.ndarray, "*E"] | float:
-    """D4RL's score: 0 for the lower reference, 100 for the upper one. Raises
-    `ValueError` unless ref_min < ref_max."""
+                    ) -> Float[np.ndarray, "*L"] | float:
+    "D4RL's score, Eq. (14.1). Raises `ValueError` unless ref_min < ref_max."
     if not ref_min < ref_max:
         raise ValueError(f"ref_min must be below ref_max, got {ref_min} and {ref_max}")
     return 100 * (np.asarray(returns, float) - ref_min) / (ref_max - ref_min)
 
 # %% ../../nbs/offline/14_evaluation.ipynb #13-025
-def iqm(x: Float[np.ndarray, "*B E"] | Sequence,  # scores
+def iqm(x: Float[np.ndarray, "*B L"] | Sequence,  # scores
         axis: int = -1,                           # averaged over
        ) -> Float[np.ndarray, "*B"] | float:
-    """Interquartile mean: the mean of the middle half. Less moved by outliers than the
-    mean, finer than the median."""
+    "Mean of the middle half: outliers move it less than the mean."
     return stats.trim_mean(x, 0.25, axis=axis)
 
 # %% ../../nbs/offline/14_evaluation.ipynb #13-026
-def bootstrap_interval(
-                       # independent results: returns of episodes, scores of seeds
-                       x: Float[np.ndarray, "E"] | Sequence,
-                       level: float = 0.95,                   # of confidence
-                       seed: int = 0,                         # of the resampling
-                       statistic: Callable = np.mean,         # takes `axis`; e.g. `iqm`
-                       resamples: int = 2000,                 # how often to draw
-                      ) -> tuple[float, float]:               # (lo, hi)
-    """Percentile bootstrap; a point if all values are equal, nan for one value.
-    `ValueError` on NaN or nothing."""
+def bootstrap_interval(x: Float[np.ndarray, "L"] | Sequence,  # independent results
+                       level: float = 0.95,             # of confidence
+                       seed: int = 0,                   # of the resampling
+                       statistic: Callable = np.mean,   # takes `axis`; e.g. `iqm`
+                       resamples: int = 2000,           # how often to draw
+                      ) -> tuple[float, float]:         # (lo, hi); nan for one value
+    "Percentile bootstrap of episodes or of seeds. `ValueError` on NaN or nothing."
     x = np.asarray(x, float).ravel()
     if not len(x) or not np.isfinite(x).all():
         raise ValueError(f"need finite values, got {x}")
     if len(x) == 1: return float("nan"), float("nan")
-    if np.ptp(x) == 0: return float(x[0]), float(x[0])
-    result = stats.bootstrap((x,), statistic, confidence_level=level,
-                             n_resamples=resamples, method="percentile",
-                             vectorized=True, rng=np.random.default_rng(seed))
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    if np.ptp(x) == 0: return float(x[0]), float(x[0])  # all equal: a point
+    drawn = stats.bootstrap((x,), statistic, confidence_level=level,
+                            n_resamples=resamples, method="percentile",
+                            vectorized=True, rng=np.random.default_rng(seed))
+    low, high = drawn.confidence_interval
+    return float(low), float(high)
 
 # %% ../../nbs/offline/14_evaluation.ipynb #13-034
 def score_table(results: Mapping[str, Evaluation],  # name -> what it did
@@ -195,17 +179,18 @@ def score_table(results: Mapping[str, Evaluation],  # name -> what it did
                 seed: int = 0,                      # of the bootstrap
                ) -> str:                            # Markdown
     "Normalized scores with intervals, and how they were obtained, one row per policy."
-    rows = [f"| policy | score | {level:.0%} interval | IQM | success | episodes | "
-            f"seed | actions per decision |", "|:--|--:|:-:|--:|--:|--:|--:|--:|"]
-    known = lambda x: "–" if x is None else x
+    rows = [["policy", "score", f"{level:.0%} interval", "IQM", "success", "episodes",
+             "seed", "actions per decision"], [":--", "--:", ":-:", *["--:"] * 5]]
+    known = lambda x: "–" if x is None else str(x)
     for name, e in results.items():
         score = normalized_score(e.returns, ref_min, ref_max)
         lo, hi = bootstrap_interval(score, level, seed)
         success = "–" if e.success is None else f"{e.success_rate:.0%}"
-        rows.append(f"| {name} | {score.mean():.1f} | {lo:.1f} to {hi:.1f} | "
-                    f"{iqm(score):.1f} | {success} | {len(e)} " f"| {known(e.seed)} | "
-                    f"{known(e.num_actions)} |")
-    return "\n".join(rows)
+        rows.append([name, f"{score.mean():.1f}", f"{lo:.1f} to {hi:.1f}",
+                     f"{iqm(score):.1f}", success, str(len(e)), known(e.seed),
+                     known(e.num_actions)])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], lines[1].replace(" ", ""), *lines[2:]])
 
 # %% ../../nbs/offline/14_evaluation.ipynb #13-039
 class _Camera(gym.Wrapper):
@@ -218,7 +203,7 @@ class _Camera(gym.Wrapper):
         try: frame = Image.fromarray(self.env.render())
         except Exception as e:
             raise RuntimeError(f"cannot render here ({type(e).__name__}: {e}); without "
-                               f"a display, set MUJOCO_GL=egl " "(or osmesa) before "
+                               "a display, set MUJOCO_GL=egl (or osmesa) before "
                                "Python starts, and install that library") from e
         frame.thumbnail((self.size, self.size))
         self.frames.append(frame)
@@ -236,16 +221,13 @@ class _Camera(gym.Wrapper):
 
 # %% ../../nbs/offline/14_evaluation.ipynb #ad876033
 def record_video(policy: Callable,                 # as in `evaluate`
-                 # builds one with render_mode="rgb_array" and a time limit
-                 make_env: Callable[[], gym.Env],
+                 make_env: Callable[[], gym.Env],  # with render_mode="rgb_array"
                  path: str | Path,                 # of the .gif to write
-                 # the episode is the first one of `evaluate` with this seed
-                 seed: int = 0,
+                 seed: int = 0,                    # of the evaluation
                  every: int = 4,                   # steps from one frame to the next
                  size: int = 160,                  # pixels along the longer side
                 ) -> Evaluation:                   # of that episode
-    """One episode as a GIF in real time. `RuntimeError` where nothing can be rendered,
-    `ValueError` on bad arguments."""
+    "The first episode of `evaluate` as a GIF. `RuntimeError` if nothing can be drawn."
     path = Path(path)
     if path.suffix != ".gif" or every < 1:
         raise ValueError(f"need a .gif and every >= 1, got {path.name} and {every}")
@@ -253,7 +235,7 @@ def record_video(policy: Callable,                 # as in `evaluate`
     if camera.render_mode != "rgb_array":
         camera.close()
         raise ValueError(f"the environment has render_mode={camera.render_mode!r}; "
-                         f"build it with " 'gym.make(..., render_mode="rgb_array")')
+                         'build it with gym.make(..., render_mode="rgb_array")')
     result = evaluate(policy, lambda: camera, episodes=1, seed=seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     duration = 1000 * every / camera.metadata.get("render_fps", 30)
@@ -263,23 +245,21 @@ def record_video(policy: Callable,                 # as in `evaluate`
     return result
 
 # %% ../../nbs/offline/14_evaluation.ipynb #13-049
-def aggregate(scores: Mapping,  # task -> scores of its seeds, two or more
+def aggregate(scores: Mapping,                 # task -> scores of two or more seeds
               statistic: Callable = np.mean,   # takes `axis`; e.g. `iqm`
               level: float = 0.95,             # of confidence
               seed: int = 0,                   # of the resampling
               resamples: int = 2000,           # how often to draw
              ) -> tuple[float, float, float]:  # (value, lo, hi)
-    """One number for several tasks, all scores weighing the same, with its stratified
-    bootstrap interval over seeds."""
+    "One number for several tasks, with its stratified bootstrap interval over seeds."
     tasks = {name: np.asarray(x, float).ravel() for name, x in scores.items()}
     bad = [name for name, x in tasks.items() if len(x) < 2 or not np.isfinite(x).all()]
     if bad or not tasks:
-        raise ValueError(f"every task needs two seeds or more, with finite scores; "
+        raise ValueError("every task needs two seeds or more, with finite scores; "
                          f"look at: {', '.join(bad) or scores}")
     pooled = lambda *parts, axis: statistic(np.concatenate(parts, axis), axis=axis)
     drawn = stats.bootstrap(tuple(tasks.values()), pooled, confidence_level=level,
                             n_resamples=resamples, method="percentile", vectorized=True,
                             rng=np.random.default_rng(seed))
-    interval = drawn.confidence_interval
-    return float(pooled(*tasks.values(),
-                        axis=0)), float(interval.low), float(interval.high)
+    low, high = drawn.confidence_interval
+    return float(pooled(*tasks.values(), axis=0)), float(low), float(high)
