@@ -49,7 +49,7 @@ def twins(device="cpu", dtype=torch.float64, **options):
             setattr(getattr(plain, name), part, copy.deepcopy(getattr(getattr(fast, name), part)))
     plain.sched, batch = fast.sched, synthetic_batch(24, 3, 2, dtype=dtype, device=device)
     to = lambda x: x.to(dtype) if x.is_floating_point() else x
-    return fast, plain, batch, {what: {k: to(x) for k, x in fast.draw(batch, what).items()}
+    return fast, plain, batch, {what: {k: to(x) for k, x in plain.draw(batch, what).items()}
                                 for what in ("critics", "actor", "behavior")}
 
 

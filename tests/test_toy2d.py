@@ -1,7 +1,8 @@
 "Planar bandits: their data, their exact optima, the measures, and training on them."
+import copy
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,21 +13,26 @@ from bdpo_lit.algorithm.bdpo import BDPO, BDPOConfig
 from bdpo_lit.evidence import toy2d
 from bdpo_lit.evidence.toy2d import (
     PRESETS,
+    SUMS,
     TASKS,
     Bandit,
     closeness,
     exact_eps,
     exact_value,
     gather,
+    guide_by_sums,
     guide_chain,
     guide_contrastive,
     guide_dac,
-    guide_exact,
+    improve,
     make_bandit,
+    noise_fn,
     pretrain,
+    pushed,
     run_toy,
     sliced_wasserstein,
     toy,
+    value_errors,
     walk,
 )
 from bdpo_lit.reference.style import result
@@ -140,6 +146,14 @@ def test_closeness_passes_the_target_and_notices_faults(task):
     assert far["outside"] > 0.5 and far["energy_distance"] > 0.5
 
 
+def test_share_gap_is_total_variation():
+    b = make_bandit("moons", 15_000)
+    due = b.weight(0.5)[b.part == 1].sum()
+    for part in (0, 1):
+        c = closeness(b.points[b.part == part][:2000], b, 0.5)                # all in one part, the rest empty
+        assert abs(c["share_gap"] - abs(part - due)) < 0.01
+
+
 # ---- the algorithm on bandits
 
 def test_without_a_future_the_target_is_the_reward_and_nothing_is_walked(monkeypatch):
@@ -174,7 +188,7 @@ def test_runs_are_repeatable_and_the_agent_is_left_alone_by_the_others(monkeypat
     b, again = run_toy("moons", 0.1, 1, "tiny", num=1000, progress=False)
     assert a["closeness"]["BDPO"] == b["closeness"]["BDPO"] and a["value"] == b["value"]
     assert np.array_equal(arrays["landscape"], again["landscape"])
-    assert set(a["closeness"]) - set(b["closeness"]) == {"DAC style", "contrastive energy", "chain", "exact guidance"}
+    assert set(a["closeness"]) - set(b["closeness"]) == {"DAC style", "contrastive energy", "chain", SUMS}
     assert a["bytes_kept"]["chain"] > a["bytes_kept"]["DAC style"] > 0
     assert a["config"]["algorithm"]["eta"] == 0.1 and a["provenance"]["commit"]
 
@@ -190,11 +204,192 @@ def test_every_guide_reaches_a_simple_target():
     agent = pretrain(blob, plan, eta=0.5, progress=False)
     ways = dict(contrastive=guide_contrastive(agent, blob, plan, progress=False)[0],
                 chain=guide_chain(agent, blob, plan, progress=False, seconds=1e4, max_updates=150)[0],
-                exact=guide_exact(agent, blob), dac=guide_dac(agent, blob, plan, progress=False)[0])
+                sums=guide_by_sums(agent, blob), dac=guide_dac(agent, blob, plan, progress=False)[0])
     ends = {name: walk(eps, 1500, agent.sched)[-1].mean(0) for name, eps in ways.items()}
-    for name, within in dict(exact=0.1, contrastive=0.15, chain=0.25).items():
+    for name, within in dict(sums=0.1, contrastive=0.15, chain=0.25).items():
         assert abs(ends[name][0] - 0.5) < within and abs(ends[name][1]) < 0.15, (name, ends[name])
     assert ends["dac"][0] > 0.65                 # the slope of Q at every step is too much of a good thing
+
+
+# ---- each way learns what it says, with what it says
+
+def blank(agent, *learners):
+    "Make the networks that learn useless: only their slow copies are left."
+    for name in learners or ("behavior", "actor", "q", "v"):
+        for p in getattr(agent, name).net.parameters(): p.data.fill_(math.nan)
+    return agent
+
+
+def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def few(n=64): return make_bandit("moons", 300), torch.randn(n, 2, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def learners(monkeypatch):
+    "The learners that the planes make, and the losses they were given."
+    made = []
+
+    class Spy(toy2d.Learner):
+        def __init__(self, *a):
+            super().__init__(*a)
+            made.append(self)
+            self.losses = []
+
+        def step(self, loss):
+            self.losses.append(loss.item())
+            return super().step(loss)
+
+    monkeypatch.setattr(toy2d, "Learner", Spy)
+    return made
+
+
+def test_the_actor_starts_as_the_behaviour_policy():
+    b, _ = few()
+    agent = pretrain(b, TINY, progress=False)
+    assert not same(agent.behavior.net, agent.behavior.target)
+    improve(agent, b, replace(TINY, train_steps=0), progress=False)
+    assert same(agent.actor.net, agent.behavior.target) and same(agent.actor.target, agent.behavior.target)
+
+
+def test_a_push_is_the_slope_times_the_noise_level():
+    sched, (b, x) = vp_schedule(5), few(6)
+    slope = torch.randn(6, 2, generator=torch.Generator().manual_seed(1))
+    n = torch.tensor([1, 2, 3, 4, 5, 1])
+    want = torch.stack([x[i] - math.sqrt(1 - sched.alpha_bar[k]) * slope[i] for i, k in enumerate(n.tolist())])
+    assert torch.allclose(pushed(x, slope, n, sched), want, atol=1e-6)
+    assert torch.allclose(pushed(x, slope, 3, sched)[2], want[2], atol=1e-6)
+    value = lambda x, n: exact_value(x, n, b, 0.3, sched) / 0.3
+    guided = toy2d._guided(exact_eps(b, None, sched), value, sched)           # Eq. (17.3), by autograd
+    assert torch.allclose(guided(x, 2), exact_eps(b, 0.3, sched)(x, 2), atol=1e-3)
+
+
+def test_dac_regresses_on_the_pushed_noise(learners, monkeypatch):
+    "The first loss is known: the actor is nu, and a linear Q has one slope."
+    b, _ = few()
+    agent = blank(pretrain(b, TINY, eta=0.25, progress=False))
+    steps, made, w = [], toy2d.forward_sample, torch.tensor([0.4, -0.2])
+    monkeypatch.setattr(toy2d, "forward_sample", lambda x, n, *a: steps.append(n) or made(x, n, *a))
+    monkeypatch.setattr(toy2d.QNet, "forward", lambda self, obs, a: (a @ w)[None] + 0 * sum(
+        p.sum() for p in self.parameters()))
+    plan = replace(TINY, train_steps=agent.config.warmup_steps + 1)
+    guide_dac(agent, b, plan, progress=False)
+    actor, q = learners
+    assert (len(actor.losses), q.updates) == (1, plan.train_steps)             # not before the warm-up
+    want = (1 - agent.sched.alpha_bar[steps[0]]).mean() * w.square().mean() / 0.25**2
+    assert actor.losses[0] == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_the_chain_warms_up_first(learners):
+    b, _ = few()
+    agent = pretrain(b, replace(TINY, algorithm=replace(TINY.algorithm, warmup_steps=7)), progress=False)
+    *_, made = guide_chain(agent, b, TINY, progress=False, seconds=1e4, max_updates=3)
+    actor, q = learners
+    assert (made, actor.updates, q.updates) == (3, 3, 7 + 3)
+
+
+@pytest.mark.parametrize("guide", [guide_dac, guide_contrastive, guide_chain, guide_by_sums])
+def test_guides_start_from_and_play_slow_copies(guide, learners):
+    b, x = few()
+    agent = blank(pretrain(b, TINY, progress=False))
+    more = dict(progress=False) if guide is not guide_by_sums else {}
+    if guide is guide_chain: more |= dict(seconds=1e4, max_updates=3)
+    eps = guide(agent, b, *([TINY] if more else []), **more)
+    eps = eps[0] if more else eps
+    played = eps(x, 2).detach()
+    for learner in learners: assert not same(learner.net, learner.target)
+    for learner in learners:
+        for p in learner.net.parameters(): p.data.fill_(math.nan)
+    assert torch.equal(eps(x, 2), played) and played.isfinite().all()
+
+
+class Known:
+    "A slow copy that gives the exact values, and writes down what it was asked."
+    def __init__(self, agent, bandit): self.agent, self.bandit, self.asked = agent, bandit, []
+
+    def __call__(self, obs, x, n):
+        self.asked.append((n, x))
+        return exact_value(x, n, self.bandit, self.agent.config.eta, self.agent.sched)[None]
+
+
+def test_value_errors_ask_the_slow_values_at_their_own_step():
+    b, _ = few()
+    agent = blank(pretrain(b, TINY, eta=0.3, progress=False))
+    agent.v.target = known = Known(agent, b)
+    found = value_errors(agent, b, num=2000)
+    assert all(f["error"] < 1e-6 for f in found.values())
+    N = agent.config.num_steps
+    assert [n for n, _ in known.asked] == [*range(1, N + 1), N] and list(found)[-1] == "start"
+    x = known.asked[-1][1]
+    assert x.mean(0).abs().max() < 0.1 and (x.std(0) - 1).abs().max() < 0.06   # a^N ~ N(0, I), not noised data
+    exact = exact_value(x, N, b, 0.3, agent.sched)
+    assert found["start"]["exact"] == pytest.approx(exact.mean().item(), abs=1e-5)
+    agent.v.target = lambda obs, x, n: known(obs, x, n) + 0.1                  # and says so when they are off
+    assert value_errors(agent, b, num=50)["start"]["error"] == pytest.approx(0.1, abs=1e-5)
+
+
+def test_everything_measured_comes_from_slow_copies(monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    made = toy2d.improve
+    monkeypatch.setattr(toy2d, "improve", lambda agent, *a: blank(made(agent, *a)))
+    numbers, arrays = run_toy("moons", 0.1, 1, "tiny", num=1000, progress=False)
+    assert all(math.isfinite(c["energy_distance"]) for c in numbers["closeness"].values())
+    assert all(math.isfinite(v["learnt"]) for v in numbers["value"].values())
+    assert all(np.isfinite(x.astype(float)).all() for x in arrays.values())
+
+
+def test_rivals_start_from_what_was_learnt_before_bdpo_improved_on_it(monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    learnt, seen, made = [], [], toy2d.pretrain
+    monkeypatch.setattr(toy2d, "pretrain", lambda *a: learnt.append(made(*a)) or copy.deepcopy(learnt[0]))
+    for name in ("guide_dac", "guide_contrastive", "guide_chain", "guide_by_sums"):
+        def fake(agent, *a, name=name, **kw):
+            seen.append(agent)
+            eps = noise_fn(agent.behavior.target)
+            return eps if name == "guide_by_sums" else (eps, 0)
+        monkeypatch.setattr(toy2d, name, fake)
+    numbers, _ = run_toy("moons", 0.1, 1, "tiny", compare=True, num=1000, progress=False)
+    assert len(seen) == 4 and {"DAC style", "contrastive energy", "chain"} <= set(numbers["seconds"])
+    for agent in seen:
+        assert agent.updates == 0 and same(agent.behavior.target, learnt[0].behavior.target)
+
+
+def test_every_seed_has_draws_of_its_own(monkeypatch):
+    "Two seeds share nothing but the data: weights, order, noise, walks, measures."
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    used = {}
+
+    def spy(name, seed_of):
+        made = getattr(toy2d, name)
+
+        def call(*a, **kw):
+            used.setdefault(name, []).append(seed_of(a, kw))
+            return made(*a, **kw)
+        monkeypatch.setattr(toy2d, name, call)
+
+    spy("BDPO", lambda a, kw: a[4])
+    spy("_batches", lambda a, kw: (kw.get("seed", a[2]), kw.get("phase")))
+    spy("_start", lambda a, kw: a[1])
+    spy("walk", lambda a, kw: kw.get("seed", a[4] if len(a) > 4 else None))
+    spy("closeness", lambda a, kw: a[3])
+    spy("value_errors", lambda a, kw: kw["seed"])
+    seen = []
+    for seed in (1, 2):
+        used.clear()
+        run_toy("moons", 0.1, seed, "tiny", compare=True, num=1000, progress=False)
+        seen.append({k: [x for x in v if x is not None] for k, v in used.items()})
+    assert set(seen[0]) == {"BDPO", "_batches", "_start", "walk", "closeness", "value_errors"}
+    for name in seen[0]: assert seen[0][name] and not set(seen[0][name]) & set(seen[1][name]), name
+    assert {phase for _, phase in seen[0]["_batches"]} == {1, 2}
+    b, _ = few()
+    streams = [toy2d._batches(b, 8, *s) for s in ((0, 1), (0, 2), (1, 1), (1, 2))] + [
+        iter([b.sample(8, torch.Generator().manual_seed(s))]) for s in (0, 1)]
+    assert len({next(s).action.numpy().tobytes() for s in streams}) == len(streams)
+    agents = [pretrain(b, replace(TINY, pretrain_steps=0), seed=s, progress=False) for s in (0, 1, 1)]
+    assert same(agents[1].v.net, agents[2].v.net) and not same(agents[0].v.net, agents[1].v.net)
+    critics = [toy2d._start(agents[0], s)[1].net for s in (0, 1, 1)]
+    assert same(critics[1], critics[2]) and not same(critics[0], critics[1])
 
 
 # ---- running and keeping
@@ -218,7 +413,7 @@ def test_toy_keeps_what_it_made(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("kw, word", [
     (dict(task="torus"), "torus"), (dict(task="moons", eta=0.0), "eta must be positive"),
-    (dict(task="moons", preset="huge"), "small, paper")])
+    (dict(task="moons", preset="huge"), "small, longer, paper")])
 def test_run_refuses(kw, word):
     with pytest.raises(ValueError, match=word): run_toy(**kw)
 
@@ -229,6 +424,16 @@ def test_paper_preset_is_the_papers():
     default = BDPOConfig(rho=0.0, gamma=0.0, num_steps=50, clip=None, actor_decay_steps=100_000,
                          critic_decay_steps=100_000, warmup_steps=5000)
     assert p.algorithm == default and (default.num_critics, default.num_samples, default.actor_every) == (10, 10, 5)
+
+
+def as_stored(plan, eta): return json.loads(json.dumps(asdict(replace(plan, algorithm=replace(plan.algorithm, eta=eta)))))
+
+
+@pytest.mark.parametrize("name", ["toy2d_small", "toy2d_longer"])
+def test_stored_results_were_made_with_the_preset_of_today(name):
+    for r in result(f"{name}.json"):
+        assert r["config"] == as_stored(PRESETS[r["preset"]], r["eta"]), (r["task"], r["eta"], r["seed"])
+        assert name.endswith(r["preset"])
 
 
 def test_stored_results_are_complete():
