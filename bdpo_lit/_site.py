@@ -58,6 +58,9 @@ def defined(source: str) -> list[str]:
     return found
 
 
+def private(name: str) -> bool: return any(part.startswith("_") for part in name.split("."))
+
+
 def homes() -> dict[str, str]:
     "Where each definition is: `name` -> `part.module`. A name that two modules define belongs to neither."
     found, twice = {}, set()
@@ -89,7 +92,7 @@ def callouts(text: str) -> str:
     def one(m):
         body = re.sub(r"(?m)^> ?", "", m[3]).strip("\n")
         title = f"## {m[2].strip()}\n" if m[2].strip() else ""
-        return f"\n::: {{.callout-{m[1].lower()}}}\n{title}{body}\n:::\n"
+        return f"\n::: {{.callout-{m[1].lower()}}}\n{title}\n{body}\n:::\n"
     kinds = "Note|Tip|Warning|Caution|Important"
     return re.sub(rf"^> \*\*({kinds})\.([^*\n]*)\*\*((?:[^\n]*\n?)(?:^>[^\n]*\n?)*)", one, text, flags=re.M)
 
@@ -120,7 +123,7 @@ class Page(Processor):
             elif cell.cell_type == "markdown": out.append(self.text(cell, opening=k == 1))
             elif cell.source.strip() and "default_exp" not in cell.directives_: out += self.code(cell)
         for cell in out:
-            if cell.cell_type == "code": cell["outputs"] = [self.output(o) for o in cell.get("outputs", [])]
+            if cell.cell_type == "code": cell["outputs"] = [self.output(o, cell) for o in cell.get("outputs", [])]
             cell.metadata.pop("execution", None)
         self.nb.cells = out
 
@@ -144,20 +147,23 @@ class Page(Processor):
         return f"[`{m[1]}`]({self.up}{chapter_of(module).relative_to(NBS).as_posix()}#{m[1]})"
 
     def code(self, cell) -> list:
+        cell.source = re.sub(r"(?m)^#\|\s*(export\w*|slow|gpu|notest)\b.*\n?", "", cell.source)
         exported = {"export", "exports", "exporti"} & cell.directives_.keys()
         body = ast.parse(re.sub(r"(?m)^\s*[!%].*$", "pass", cell.source)).body
         if body and all(isinstance(s, ast.Import | ast.ImportFrom) for s in body) and "code-fold" not in cell.source:
             cell.source = '#| code-fold: true\n#| code-summary: "Imports"\n' + cell.source
         names = defined(cell.source) if exported else []
         anchors = " ".join(f'[API]({self.up}api/{self.homes[n]}.qmd#{n}){{#{n} .api title="{n}"}}'
-                           for n in names if n in self.homes and not n.startswith("_"))
+                           for n in names if n in self.homes and not private(n))
         return [mk_cell(f"::: {{.api-line}}\n{anchors}\n:::", "markdown"), cell] if anchors else [cell]
 
-    def output(self, out):
+    def output(self, out, cell):
         "Quarto takes the richest form of an output that it knows; the others only make the page heavy."
         data = out.get("data", {})
         if "text/markdown" in data: data["text/markdown"] = tables("".join(data["text/markdown"]))
         if "image/png" in data: out["data"] = {k: v for k, v in data.items() if k in ("image/png", "text/plain")}
+        if "text/html" in data and (alt := re.search(r'fig-alt: "(.*)"', cell.source)):
+            data["text/html"] = re.sub(r"<img (?![^>]*alt=)", f'<img alt="{alt[1]}" ', "".join(data["text/html"]))
         return out
 
 
@@ -175,7 +181,7 @@ def api_page(module: str) -> str:
     out = [f'---\ntitle: "{module}"\ndescription: {json.dumps(doc)}\npagetitle: "API: {module}"\n---\n',
            f"Derived in chapter [{title}](../{chapter.as_posix()}).\n"]
     for name, line in lines.items():
-        if any(part.startswith("_") for part in name.split(".")): continue
+        if private(name): continue
         obj = mod
         for part in name.split("."): obj = getattr(obj, part)
         out += [f"## {name} {{#{name}}}\n", "::: {.api-line}",

@@ -46,7 +46,7 @@ def text_of(path):
     return "\n\n".join(c.source for c in read(path).cells if c.cell_type == "markdown")
 
 
-def figures(path): return [f for c in code(path) for f in re.findall(r"^#\|\s*label:\s*(\S+)", c.source, re.M)]
+def figures(path): return [f for c in code(path) for f in re.findall(r"^#\|\s*label:\s*(fig-\S+)", c.source, re.M)]
 
 
 @functools.cache

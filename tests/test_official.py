@@ -8,9 +8,9 @@ import torch
 from bdpo_lit.algorithm.bdpo import BDPO, BDPOConfig, cosine_rate
 from bdpo_lit.algorithm.behavior import noise_prediction_loss
 from bdpo_lit.algorithm.critics import lcb, q_target, rollout, step_value, value_loss
+from bdpo_lit.algorithm.networks import TimeEmbedding, mish
 from bdpo_lit.offline.data import Batch
 from bdpo_lit.theory.diffusion import ddim_step, forward_sample, reverse_mean, reverse_path, vp_schedule
-from bdpo_lit.algorithm.networks import TimeEmbedding, mish
 from bdpo_lit.theory.path_kl import step_kl
 
 VALUES = np.load(Path(__file__).parent / "official" / "values.npz")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 from bdpo_lit import _site
 from bdpo_lit.reference.style import result
@@ -61,7 +62,8 @@ def test_nothing_is_shown_twice_or_by_signature(pages):
 def test_a_page_opens_with_words(path, pages):
     "Front matter with number, title and description; the badge; the opening; and no code before it."
     front, badge, opening, *_ = pages[path]
-    assert re.search(rf"title: ['\"]?{int(path.name[:2])} · ", front.source) and "description:" in front.source
+    meta = yaml.safe_load(front.source.strip().strip("-"))
+    assert meta["title"].startswith(f"{int(path.name[:2])} · ") and meta["description"]
     assert f"{path.as_posix()}" in badge.source and "colab" in badge.source
     assert opening.source.startswith("::: {.opening}") and opening.source.rstrip().endswith(":::")
 

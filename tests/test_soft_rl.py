@@ -78,7 +78,9 @@ def test_never_leaves_the_support():
 
 
 @pytest.mark.parametrize("name, value", [("gamma", 1.0), ("gamma", -0.1), ("nu", torch.ones(3, 2)),
-                                         ("nu", torch.ones(2, 2)), ("transition", torch.ones(3, 2, 2) / 2)])
+                                         ("nu", torch.ones(2, 2)), ("transition", torch.ones(3, 2, 2) / 2),
+                                         ("nu", torch.tensor([1.5, -0.5]).expand(3, 2)),            # sum to one
+                                         ("transition", torch.tensor([1.5, -0.5, 0.0]).expand(3, 2, 3))])
 def test_bad_worlds_are_refused(name, value):
     "Asks the validation itself: the tests' shape checker would otherwise refuse wrong shapes before it."
     with pytest.raises(ValueError, match=name):

@@ -11,23 +11,23 @@ import torch
 
 import bdpo_lit.algorithm.speed as speed
 from bdpo_lit.algorithm.bdpo import BDPO, BDPOConfig
-from bdpo_lit.evidence.benchmark import Worker, cycle_ratio, ratios
-from bdpo_lit.offline.data import Transitions
 from bdpo_lit.algorithm.speed import (
     Fleet,
     PlainBDPO,
     Recorded,
     accelerate,
     compiler_trouble,
-    fused_bend,
+    fused_activate,
     gradients,
     keep_memory,
     prepare_for_recording,
     rough,
     synthetic_batch,
     unchanged,
-    use_bend,
+    use_activate,
 )
+from bdpo_lit.evidence.benchmark import Worker, cycle_ratio, ratios
+from bdpo_lit.offline.data import Transitions
 from bdpo_lit.offline.training import RunError, TrainConfig, Training, load_agent, load_checkpoint, run_together
 from bdpo_lit.reference.style import RESULTS
 
@@ -82,7 +82,7 @@ def test_a_difference_would_be_noticed():
 def test_compiled_activations_compute_the_same():
     for case in ("locomotion", "antmaze"):
         fast, plain, batch, draws = twins(**CASES[case])
-        use_bend(fast, fused_bend)
+        use_activate(fast, fused_activate)
         assert far(gradients(fast, batch, draws), gradients(plain, batch, draws)) < 1e-11
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from bdpo_lit.algorithm.bdpo import BDPO, BDPOConfig
-from bdpo_lit.reference.command_line import EMBEDDED, find_task
-from bdpo_lit.offline.data import D4RL_TASKS, Transitions, reference_scores
-from bdpo_lit.theory.diffusion import vp_schedule
-from bdpo_lit.offline.evaluation import evaluate
 from bdpo_lit.algorithm.networks import mish
+from bdpo_lit.offline.data import D4RL_TASKS, Transitions, reference_scores
+from bdpo_lit.offline.evaluation import evaluate
 from bdpo_lit.offline.tasks import TASKS, AntMaze, d4rl_task, env_maker, judge_run
 from bdpo_lit.offline.training import RunError, TrainConfig, Training
+from bdpo_lit.reference.command_line import EMBEDDED, find_task
+from bdpo_lit.theory.diffusion import vp_schedule
 
 PAPER = Path(__file__).parent / "paper"
 

@@ -160,11 +160,11 @@ def test_without_a_future_the_target_is_the_reward_and_nothing_is_walked(monkeyp
     b = make_bandit("rings", 100).sample(8, torch.Generator().manual_seed(0))
     with_future = BDPO(1, 2, replace(TINY.algorithm, gamma=0.99), seed=3)
     walk = with_future.draw(b, "critics")
-    target, ahead = with_future.look_ahead(b, walk["x_N"], walk["walk"])   # every decision is the last
+    target, ahead = with_future.look_ahead(b, walk["x_N"], walk["path_noise"])   # every decision is the last
     assert torch.equal(target, b.reward) and "q/penalty" in ahead
     monkeypatch.setattr(bdpo, "rollout", lambda *a: pytest.fail("walked"))
     without = BDPO(1, 2, replace(TINY.algorithm, gamma=0.0), seed=3)
-    assert "walk" not in without.draw(b, "critics")
+    assert not {"x_N", "path_noise"} & set(without.draw(b, "critics"))
     state = without.generator.get_state()
     assert torch.equal(without.look_ahead(b)[0], b.reward) and torch.equal(without.generator.get_state(), state)
 

@@ -18,9 +18,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import bdpo_lit.reference.command_line
 import bdpo_lit.evidence.demo
 import bdpo_lit.offline.training as training
+import bdpo_lit.reference.command_line
 from bdpo_lit.algorithm.bdpo import BDPO, BDPOConfig
 from bdpo_lit.offline.data import DataError, Transitions
 from bdpo_lit.offline.evaluation import episode_seeds, vectorize

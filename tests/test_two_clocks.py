@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bdpo_lit.theory.soft_rl import boltzmann, kl, log_mean_exp, random_mdp, soft_value_iteration
+from bdpo_lit.theory.soft_rl import TabularMDP, boltzmann, kl, log_mean_exp, random_mdp, soft_value_iteration
+from bdpo_lit.theory.theorem import reverse_kernels
 from bdpo_lit.theory.two_clocks import (
     Chain,
     chain_value,
@@ -21,6 +22,7 @@ from bdpo_lit.theory.two_clocks import (
     path_optimum,
     path_value,
     reverse_chain,
+    sampled_upper,
     two_clock_iteration,
     two_clock_sweep,
     two_clock_td,
@@ -98,6 +100,88 @@ def test_alternation_finds_the_unique_optimum(mdp, keep, eta, seed):
 
 
 @few
+@given(worlds, keeps, etas, seeds)
+def test_one_improvement_moves_every_error_up_one_rung(mdp, keep, eta, seed):
+    b = reverse_chain(mdp.nu, forgetful(keep, mdp.nu.shape[1]))
+    best, N = path_optimum(mdp, b, eta), len(keep)
+    runs = zip(two_clock_iteration(mdp, b, eta, chain_like(b, seed)), range(2 * N + 2))
+    error = torch.stack([(best - V).amax((1, 2)) for (_, V), _ in runs])     # (improvements, table)
+    slack = 1e-9 * (1 + eta + best.abs().max())
+    assert (error[1:, 1:] <= error[:-1, :-1] + slack).all() and (error[:, 0] <= mdp.gamma * error[:, -1] + slack).all()
+    assert (error[N:, 0] <= mdp.gamma * error[:-N, 0] + slack).all()
+
+
+def test_a_single_improvement_need_not_gain_gamma():
+    "With three steps: Q is more than gamma times as wrong after one improvement; never after one pass in order."
+    mdp = random_mdp(5, 4, gamma=0.1, seed=1)
+    b = reverse_chain(mdp.nu, forgetful([0.8, 0.5, 0.0], 4))
+    best = path_optimum(mdp, b, 0.5)[0]
+    before, after = (float((best - V[0]).max()) for (_, V), _ in zip(
+        two_clock_iteration(mdp, b, 0.5, chain_like(b, 0)), range(2)))
+    Q = chain_value(mdp, chain_like(b, 0), b, 0.5)[1]
+    in_order = chain_value(mdp, improve(optimal_lower(Q, b, 0.5), b, 0.5), b, 0.5)[1]
+    assert after > 2 * mdp.gamma * before and float((best - in_order).max()) <= mdp.gamma * before
+
+
+def test_the_shared_start_moves_the_kernels_of_an_mdp():
+    "They are the reversal of pi_Q for their own Q*, which is not the flat one once something is remembered."
+    mdp, eta = random_mdp(5, 4, gamma=0.9, seed=1), 0.5
+    flat = boltzmann(soft_value_iteration(mdp, eta), mdp.nu, eta)
+    for last, moved in ((0.0, 0.0), (0.05, 4.5e-5), (0.5, 4.1e-3), (0.9, 1.3e-2)):
+        forward = forgetful([0.8, 0.5, last], 4)
+        b = reverse_chain(mdp.nu, forward)
+        V = path_optimum(mdp, b, eta)
+        kernels, own = improve(V, b, eta).kernels, boltzmann(V[0], mdp.nu, eta)
+        assert close(kernels, reverse_chain(own, forward).kernels, 1e-12)
+        off = float((kernels - reverse_chain(flat, forward).kernels).abs().max())
+        assert off == pytest.approx(moved, rel=0.05, abs=1e-12)
+
+
+@few
+@given(worlds, keeps, etas, seeds, st.floats(0.05, 0.95))
+def test_rate_counts_from_the_old_chain(mdp, keep, eta, seed, rate):
+    b = reverse_chain(mdp.nu, forgetful(keep, mdp.nu.shape[1]))
+    actor = chain_like(b, seed)
+    V = values(mdp, actor, b, eta) / (1 + 100 / eta)        # so that no kernel is one-hot
+    mixed = actor.kernels**(1 - rate) * improve(V, b, eta).kernels**rate
+    assert close(improve(V, b, eta, actor, rate).kernels, mixed / mixed.sum(-1, keepdim=True))
+
+
+def test_what_is_never_met_is_uniform_here_and_in_the_theorem():
+    nu, forward = torch.tensor([[1.0, 0, 0]], dtype=torch.float64), forgetful([1.0, 0.5], 3)
+    kernels = reverse_chain(nu, forward).kernels
+    theirs = reverse_kernels(nu[0], torch.cat([torch.eye(3, dtype=torch.float64)[None], forward]))[1:]
+    third = torch.full((2, 3), 1 / 3, dtype=torch.float64)
+    for k in (kernels[:, 0], theirs):
+        assert close(k[0, 1:], third) and close(k[0, 0], nu[0]) and close(k[1], nu.expand(3, 3))
+
+
+def test_a_step_is_charged_where_it_starts():
+    "Kernels that leave nothing to chance, x -> x + 1, and a price that tells every step and place apart."
+    price = torch.tensor([[1.0, 10, 100], [1e3, 1e4, 1e5]], dtype=torch.float64)
+    shift = torch.eye(3, dtype=torch.float64).roll(1, 1).expand(1, 2, 1, 3, 3)
+    for x in range(3):
+        a1, a0 = (x + 1) % 3, (x + 2) % 3
+        target = sampled_upper(torch.tensor([[[0.25, 0.5, 0.75]]], dtype=torch.float64), shift, price.view(1, 2, 1, 3),
+                               torch.eye(3, dtype=torch.float64)[x:x + 1], torch.ones(1, dtype=torch.float64),
+                               torch.tensor([0]), 0.5, 2.0, torch.Generator())
+        assert float(target) == 1 + 0.5 * (0.25 * (a0 + 1) - 2 * float(price[1, x] + price[0, a1]))
+
+
+def test_step_size_decays():
+    "gamma = 0, no price, a reward of one: a visited entry of Q closes a known share of what is missing."
+    one = torch.ones(1, 1, dtype=torch.float64)
+    mdp = TabularMDP(one, one[None], one, 0.0)
+    b = reverse_chain(mdp.nu, forgetful([0.5], 1))
+    missing = 1.0
+    for k, V, _, _ in two_clock_td(mdp, b, forgetful([0.5], 1), 0.2, torch.tensor([0.1]), torch.tensor([0]),
+                                   lr=0.05, decay=0.7):
+        if k: missing *= 1 - 0.05 / (1 + k / 100) ** 0.7
+        assert 1 - float(V[0, 0]) == pytest.approx(missing, rel=1e-9)
+        if k == 300: break
+
+
+@few
 @given(worlds, keeps, etas)
 def test_against_the_flat_optimum(mdp, keep, eta):
     flat, A = soft_value_iteration(mdp, eta), mdp.nu.shape[1]
@@ -123,6 +207,17 @@ def test_learning_from_samples_approaches_the_exact_values():
     assert ((slow - best).abs() / best.max()).max() < 0.06
     for p in kernels:
         assert chain_value(mdp, Chain(b.start, p), b, eta)[0].mean() > 0.98 * (b.start * best[-1]).sum(-1).mean()
+
+
+def test_learners_improve_their_actors_as_improve_does():
+    mdp, forward = corridor(3), forgetful([0.5, 0.0], 3)
+    b, old = reverse_chain(mdp.nu, forward), None
+    for k, _, slow, kernels in two_clock_td(mdp, b, forward, 0.2, torch.tensor([0.5]), torch.tensor([2]),
+                                            actor_rate=0.2):
+        if k and k % 2 == 0: assert close(kernels[0], improve(slow[0], b, 0.2, Chain(b.start, old), 0.2).kernels)
+        elif k: assert torch.equal(kernels[0], old)
+        old = kernels[0]
+        if k == 10: break
 
 
 def test_learners_are_reproducible_and_independent():
@@ -157,6 +252,10 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="kernels must have shape"):      # past the tests' own shape checker
         Chain.__post_init__(SimpleNamespace(start=b.start, kernels=b.kernels[:, :1]))
     with pytest.raises(ValueError, match="start must be non-negative"): Chain(2 * b.start, b.kernels)
+    negative = torch.tensor([1.5, -0.5, 0.0], dtype=torch.float64)         # sums to one
+    with pytest.raises(ValueError, match="start must be non-negative"): Chain(negative.expand(2, 3), b.kernels)
+    with pytest.raises(ValueError, match="kernels must be non-negative"):
+        Chain(b.start, negative.expand_as(b.kernels))
     with pytest.raises(ValueError, match="keep must be"): forgetful([1.5], 3)
     for rate in (0.0, 1.5, 0.5):
         with pytest.raises(ValueError, match="rate"):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Batch', 'UPDATES', 'MODES', 'PlainBDPO', 'synthetic_batch', 'rough', 'gradients', 'ByteCounter', 'work',
-           'compiler_trouble', 'fused_bend', 'use_bend', 'keep_memory', 'prepare_for_recording', 'unchanged',
+           'compiler_trouble', 'fused_activate', 'use_activate', 'keep_memory', 'prepare_for_recording', 'unchanged',
            'Recorded', 'accelerate', 'Fleet']
 
 # %% ../../nbs/algorithm/11_speed.ipynb #10b-003
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from .bdpo import BDPO, Algorithm1, Learner
-from .networks import bend
+from .networks import activate
 from ..theory.diffusion import vp_schedule
 
 # %% ../../nbs/algorithm/11_speed.ipynb #10b-008
@@ -141,10 +141,10 @@ def compiler_trouble(device: str = "cpu") -> str:   # as torch names it
 def _first_line(e): return (str(e).strip() or type(e).__name__).splitlines()[0][:100]
 
 # %% ../../nbs/algorithm/11_speed.ipynb #5bacbdee
-def fused_bend(norm: nn.Module,             # as `bend`
-               h: Float[Tensor, "K *B H"],  # as `bend`
-              ) -> Float[Tensor, "K *B H"]:
-    "`bend` in one pass over memory; compiled when first used."
+def fused_activate(norm: nn.Module,             # as `activate`
+                   h: Float[Tensor, "K *B H"],  # as `activate`
+                  ) -> Float[Tensor, "K *B H"]:
+    "`activate` in one pass over memory; compiled when first used."
     if isinstance(norm, nn.Identity):
         return _compiled(_fused_mish)(h.reshape(-1)).view_as(h)
     gain, shift = norm.weight.unsqueeze(1), norm.bias.unsqueeze(1)
@@ -152,11 +152,11 @@ def fused_bend(norm: nn.Module,             # as `bend`
                                        shift).view_as(h)
 
 # %% ../../nbs/algorithm/11_speed.ipynb #0ee2ce8f
-def use_bend(agent: BDPO, f: Callable):
-    "Give all critics, and the slow policies that draw paths, another `bend`."
+def use_activate(agent: BDPO, f: Callable):
+    "Give all critics, and the slow policies that draw paths, another `activate`."
     nets = [net for learner in (agent.q, agent.v)
             for net in (learner.net, learner.target)]
-    for net in (*nets, agent.actor.target, agent.behavior.target): net.mlp.bend = f
+    for net in (*nets, agent.actor.target, agent.behavior.target): net.mlp.activate = f
 
 # %% ../../nbs/algorithm/11_speed.ipynb #10b-023
 def keep_memory(keep: bool = True,    # False: return it again, as glibc does at first
@@ -290,7 +290,7 @@ def accelerate(agent: BDPO,        # whose updates to make faster, from now on
         raise ValueError(f"compile must be one of {', '.join(MODES)}, got {mode!r}")
     if mode == "off": return "eager"
     trouble = compiler_trouble(str(agent.device))
-    use_bend(agent, bend if trouble else fused_bend)
+    use_activate(agent, activate if trouble else fused_activate)
     said = (f"eager: torch.compile does not work here ({trouble})" if trouble
             else "activations compiled")
     if mode == "default": return said
@@ -404,7 +404,7 @@ class Fleet:
             learner.net = copy.deepcopy(learner.net)
             learner.target = copy.deepcopy(learner.target)
             setattr(self.one, name, learner)
-        use_bend(self.one, bend)                  # vmap: not into a compiled function
+        use_activate(self.one, activate)      # vmap: not into a compiled function
         self.losses = _Losses(self.one)
         self.learners = {name: _Stacked([getattr(a, name) for a in agents])
                          for name in _learners(self.one)}

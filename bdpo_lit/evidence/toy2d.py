@@ -583,7 +583,7 @@ def _measured(ways, agent, bandit, num, seed):
 def _bdpo_bytes(agent, bandit, plan):
     "What autograd keeps for the larger of BDPO's gradients: actor's, or critics'."
     batch = bandit.sample(plan.batch_size, torch.Generator(agent.device).manual_seed(0))
-    step = agent.one_step(batch, **agent.draw(batch, "actor"))
+    step = agent.step_inputs(batch, **agent.draw(batch, "actor"))
     obs, x, n = (step[k] for k in ("obs", "x", "n"))
     actor = lambda: actor_loss(agent.actor.net, **step)[0]
     def critics():

@@ -68,9 +68,10 @@ def reverse_chain(nu: Float[Tensor, "S A"],         # distribution of a^0
     Eqs. (P8) and (P9) try to learn)."""
     q, kernels = nu, []
     for f in forward:
-        joint = q[:, :, None] * f                    # (s, y, x)
+        joint = q[:, :, None] * f                                   # (s, y, x)
         q = joint.sum(1)
-        kernels.append((joint / q[:, None, :]).transpose(1, 2))
+        bayes = torch.where(q[:, None] > 0, joint / q[:, None], 1 / q.shape[1])
+        kernels.append(bayes.transpose(1, 2))
     return Chain(q, torch.stack(kernels))
 
 # %% ../../nbs/theory/05_two_clocks.ipynb #05-013
@@ -147,8 +148,7 @@ def improve(V: Float[Tensor, "N1 S A"],  # its entry n-1 is what step n is taken
             actor: Chain | None = None,  # where to start from; needed if rate < 1
             rate: float = 1.0,  # share of the way to the maximiser, in log-probability
            ) -> Chain:
-    """Improve every step: the maximiser of Eq. (P16), or a part of the way. Raises
-    `ValueError` for a bad rate."""
+    "Improve every step: maximise Eq. (P16), or part of the way; `ValueError`: bad rate."
     if not 0 < rate <= 1 or (rate < 1 and actor is None):
         raise ValueError(f"rate {rate} needs (0, 1] and an actor")
     log_p = rate * (behavior.kernels.log() + V[:-1, :, None, :] / eta)
@@ -162,8 +162,7 @@ def two_clock_iteration(mdp: TabularMDP,             # the world
                         actor: Chain | None = None,  # to start from; None: behaviour
                         rate: float = 1.0,           # as in `improve`
                        ) -> Iterator[tuple[Chain, Float[Tensor, "N1 S A"]]]:
-    """A chain and its V_0..V_N, for ever: evaluate exactly with Eqs. (P13) and (P15),
-    improve with Eq. (P16), repeat."""
+    "A chain, its V_0..V_N, for ever: evaluate by Eqs. (P13), (P15), improve by (P16)."
     actor = behavior if actor is None else actor
     while True:
         Q = chain_value(mdp, actor, behavior, eta)[1]
