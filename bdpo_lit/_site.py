@@ -163,7 +163,8 @@ class Page(Processor):
         if "text/markdown" in data: data["text/markdown"] = tables("".join(data["text/markdown"]))
         if "image/png" in data: out["data"] = {k: v for k, v in data.items() if k in ("image/png", "text/plain")}
         if "text/html" in data and (alt := re.search(r'fig-alt: "(.*)"', cell.source)):
-            data["text/html"] = re.sub(r"<img (?![^>]*alt=)", f'<img alt="{alt[1]}" ', "".join(data["text/html"]))
+            html = re.sub(r"<img (?![^>]*alt=)", f'<img alt="{alt[1]}" ', "".join(data["text/html"]))
+            data["text/html"] = html.replace('class="anim-slider"', 'class="anim-slider" aria-label="frame"')
         return out
 
 
@@ -231,8 +232,9 @@ def equations() -> dict[int, dict]:
 
 def write_index():
     "Keep the index where chapter 23 reads it."
-    rows = [dict(number=n, says=e["says"], reason=e["reason"], shown=e["shown"], checks=list(dict.fromkeys(e["checks"])),
-                 functions=list(dict(e["functions"]).items())) for n, e in equations().items()]
+    rows = [dict(number=n, says=e["says"], reason=e["reason"], shown=e["shown"],
+                 functions=list(dict(e["functions"]).items()), checks=list(dict.fromkeys(e["checks"])))
+            for n, e in equations().items()]
     text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (RESULTS / "equation_index.json").write_text(f"[{text}]\n")
 
@@ -240,10 +242,11 @@ def write_index():
 def bibliography() -> str:
     "References.bib as a list, oldest first."
     rows = []
-    for key, body in re.findall(r"@\w+\{([\w:-]+),(.*?)\n\}", (NBS / "references.bib").read_text(), re.S):
-        field = {k: v.replace("{", "").replace("}", "") for k, v in re.findall(r"(\w+) = \{((?:[^{}]|\{[^{}]*\})*)\}", body)}
+    for entry in re.findall(r"@\w+\{[\w:-]+,(.*?)\n\}", (NBS / "references.bib").read_text(), re.S):
+        field = {k: re.sub("[{}]", "", v) for k, v in re.findall(r"(\w+) = \{((?:[^{}]|\{[^{}]*\})*)\}", entry)}
         names = [" ".join(reversed(name.split(", "))) for name in field["author"].split(" and ")]
-        place = field.get("journal") or field.get("booktitle") or field.get("publisher") or field.get("howpublished", "")
+        names = ["et al." if name == "others" else name for name in names]
+        place = next((field[k] for k in ("journal", "booktitle", "publisher", "howpublished") if k in field), "arXiv")
         link = f"https://doi.org/{field['doi']}" if "doi" in field else field.get("url")
         title = f"[{field['title']}]({link})" if link else field["title"]
         rows.append((field["year"], names[0], f'- {", ".join(names)} ({field["year"]}). {title}. *{place}*.'))

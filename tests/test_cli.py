@@ -390,7 +390,7 @@ def test_help_names_every_field_with_its_meaning(bdpo):
 
 
 def test_help_does_not_wait_for_torch():
-    code = ("import sys; sys.argv = ['bdpo', '--help']\nimport bdpo_lit.reference.command_line\ntry: bdpo_lit.reference.command_line.main()\n"
-            "except SystemExit: print('torch' in sys.modules, 'matplotlib' in sys.modules)")
+    code = ("import sys; sys.argv = ['bdpo', '--help']\nfrom bdpo_lit.reference import command_line\n"
+            "try: command_line.main()\nexcept SystemExit: print('torch' in sys.modules, 'matplotlib' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False False"

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import bdpo_lit.offline.maze as maze
+from bdpo_lit.evidence.demo import PRESETS
 from bdpo_lit.offline.data import DataError, load_minari
 from bdpo_lit.offline.maze import (
     CELLS,
@@ -31,6 +32,7 @@ from bdpo_lit.offline.maze import (
     play,
     random_policy,
 )
+from bdpo_lit.reference.style import RESULTS
 
 SMALL = "toy/maze-small-v0"
 
@@ -291,3 +293,16 @@ def test_gif_falls_back_to_drawing_where_mujoco_cannot_render(tmp_path, monkeypa
 
 def test_default_id_is_the_documented_one():
     assert MAZE_ID == "bdpo/pointmaze-umaze-hidden-v0"
+
+
+def test_results_were_made_with_the_presets_of_today():
+    made_with = dict(long={"actor_decay_steps": 7500}, short={})              # chapter 18 says so
+    for name in PRESETS.keys() & made_with.keys():
+        found = json.loads((RESULTS / f"maze_{name}.json").read_text())
+        assert found
+        for run in found:
+            for part in ("train", "algorithm"):
+                want = json.loads(json.dumps(vars(getattr(PRESETS[name], part))))
+                made = run["config"][part]
+                want |= made_with[name] if part == "algorithm" else dict(seed=run["seed"], device=made["device"])
+                assert want | made == want, (name, run["seed"], part)

@@ -1,5 +1,5 @@
 """The pages as readers meet them: the chapters staged for Quarto, without Quarto. Where a rendered site is at hand
-(BDPO_LIT_DOCS names its folder, as in the workflow that builds it), its links, pictures and leftovers are checked too."""
+(BDPO_LIT_DOCS names its folder, as in the workflow that builds it), its links, pictures and leftovers are checked."""
 import ast
 import json
 import os
@@ -42,7 +42,8 @@ def definitions():
 
 def test_every_definition_is_on_a_page_whole(pages):
     shown = squeeze("\n".join(c.source for cells in pages.values() for c in cells if c.cell_type == "code"))
-    shown = re.sub(r"from\.+(\w)", r"from\1", re.sub(r"frombdpo_lit\.(\w+\.)?", "from", shown))    # nbdev makes imports relative
+    # nbdev makes imports relative
+    shown = re.sub(r"from\.+(\w)", r"from\1", re.sub(r"frombdpo_lit\.(\w+\.)?", "from", shown))
     missing = []
     for module, name, lines in definitions():
         body = [re.sub(r"from(?:bdpo_lit)?\.+(?:\w+\.)?(\w+import)", r"from\1", squeeze(line)) for line in lines]
@@ -54,7 +55,8 @@ def test_nothing_is_shown_twice_or_by_signature(pages):
     for path, cells in pages.items():
         text = "\n".join(c.source for c in cells)
         assert "show_doc" not in text and "__main__" not in text, path
-        twice = [n for n, k in Counter(re.findall(r"(?m)^(?:def|class) (\w+)", text)).items() if k > 1 and n in _site.homes()]
+        found = Counter(re.findall(r"(?m)^(?:def|class) (\w+)", text))
+        twice = [n for n, k in found.items() if k > 1 and n in _site.homes()]
         assert not twice, f"{path}: {twice}"
 
 
@@ -92,6 +94,8 @@ def test_cited_keys_are_in_the_bibliography():
     known = set(re.findall(r"@\w+\{([\w:-]+),", (ROOT / "nbs" / "references.bib").read_text()))
     text = "".join((ROOT / "nbs" / p).read_text() for p in CHAPTERS)
     used = set(re.findall(r'\\"@([\w:-]+)\\"\)', text))
+    listed = "".join(nbformat.read(ROOT / "nbs/reference/26_bibliography.ipynb", 4).cells[4].source)
+    assert listed == _site.bibliography(), "run python -m bdpo_lit._site --index"
     assert used <= known, f"cited, but not in references.bib: {used - known}"
     assert known <= used | {"gao2025bdpo"}, f"in references.bib, but cited nowhere: {known - used}"
 
@@ -102,8 +106,8 @@ def test_api_has_every_public_name(staged):
     for module in _site.modules():
         page = (staged / "api" / f"{module}.qmd").read_text()
         names = [n for n in _site.defined((ROOT / "bdpo_lit" / f"{module.replace('.', '/')}.py").read_text())
-                 if not any(part.startswith("_") for part in n.split("."))]
-        assert re.findall(r"(?m)^## (\S+) \{#", page) == names, f"{module}: all public names, in the order of the source"
+                 if not _site.private(n)]
+        assert re.findall(r"(?m)^## (\S+) \{#", page) == names, f"{module}: all names, in the order of the source"
         assert "__main__" not in page
         for name in names: assert f"#{name})" in page, f"{module}: {name} has no link to its derivation"
 
@@ -111,8 +115,8 @@ def test_api_has_every_public_name(staged):
 def test_index_of_equations_is_up_to_date(tmp_path, monkeypatch):
     monkeypatch.setattr(_site, "RESULTS", tmp_path)
     _site.write_index()
-    assert (tmp_path / "equation_index.json").read_text() == (_site.PACKAGE / "results" / "equation_index.json").read_text(), \
-        "run python -m bdpo_lit._site --index and execute chapter 23"
+    new, old = ((folder / "equation_index.json").read_text() for folder in (tmp_path, _site.PACKAGE / "results"))
+    assert new == old, "run python -m bdpo_lit._site --index and execute chapter 23"
     table, = (c for c in nbformat.read(ROOT / "nbs/reference/23_equations.ipynb", 4).cells if "Markdown(" in c.source)
     shown = "".join(table.outputs[0].data["text/markdown"])
     assert all(f'id="P{row["number"]}"' in shown for row in result("equation_index.json"))
@@ -202,7 +206,8 @@ def test_pictures_of_the_site_are_there_and_described(site):
 def test_no_markup_is_left_on_the_site(site):
     for name, page in site.items():
         text = "".join(page.text)
-        found = re.findall(r":::\s*\{?|(?m:^\s*#\|)|\{#(?:eq|fig|sec|tbl)-|\?@|(?<!\w)@(?:eq|fig)-|<IPython\.core", text)
+        raw = r":::\s*\{?|(?m:^\s*#\|)|\{#(?:eq|fig|sec|tbl)-|\?@|(?<!\w)@(?:eq|fig)-|<IPython\.core"
+        found = re.findall(raw, text)
         assert not found, f"{name}: {found}"
 
 

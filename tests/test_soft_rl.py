@@ -87,6 +87,28 @@ def test_bad_worlds_are_refused(name, value):
         TabularMDP.__post_init__(SimpleNamespace(**{**vars(random_mdp(3, 2)), name: value}))
 
 
+@pytest.mark.parametrize("name", ["nu", "transition"])
+@pytest.mark.parametrize("row", [(1.5, -0.5), (2.0, -1.0), (1 + 1e-3, -1e-3)])
+def test_negative_probabilities_are_refused(name, row):
+    "Rows that sum to one and yet are no distributions."
+    world = vars(random_mdp(2, 2))
+    table = world[name].clone()
+    table[(0,) * (table.dim() - 1)] = torch.tensor(row, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"{name} must be non-negative"): TabularMDP(**{**world, name: table})
+
+
+@few
+@given(worlds, etas, st.integers(0, 99))
+def test_policy_iteration_contracts(mdp, eta, seed):
+    "The error of every iteration is at most gamma times the one before, from any start; so is one sweep after it."
+    best = soft_value_iteration(mdp, eta)
+    Q = [x[2] for x, _ in zip(soft_policy_iteration(mdp, eta, policy(mdp, seed)), range(6))]
+    rounding = 1e-9 * (1 + eta + best.abs().max())
+    for old, new in zip(Q, Q[1:]):
+        assert (best - new).abs().max() <= mdp.gamma * (best - old).abs().max() + rounding
+        assert (optimal_backup(old, mdp, eta) <= new + rounding).all() and (new <= best + rounding).all()
+
+
 def test_running_out_of_sweeps_is_said():
     with pytest.raises(RuntimeError, match="not converged after 3 sweeps"):
         soft_value_iteration(random_mdp(3, 2), 0.5, max_sweeps=3)

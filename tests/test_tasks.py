@@ -233,7 +233,8 @@ def test_what_a_file_may_name(tmp_path, monkeypatch):
     list(Training(data, PLAN, TINY, None, run).run())
     with pytest.raises(RunError, match="would import stranger; name it yourself"): judge_run(run, 1)
     with pytest.raises(SystemExit, match="imported"): judge_run(run, 1, env="stranger:Pendulum-v1")
-    for env in ("Pendulum-v1", "bdpo_lit.offline.maze:bdpo/PointMazeUMazeHidden-v0", HOPPER): env_maker(env, from_file=True)
+    for env in ("Pendulum-v1", "bdpo_lit.offline.maze:bdpo/PointMazeUMazeHidden-v0", HOPPER):
+        env_maker(env, from_file=True)
 
 
 def test_a_run_remembers_the_package_that_was_named(tmp_path, monkeypatch):

@@ -85,6 +85,58 @@ def test_mixture_score_is_the_gradient(sched, mixture, seed):
         close(noised.score(x).detach(), torch.autograd.grad(noised.log_prob(x).sum(), x)[0], 1e-9)
 
 
+def check_plane(density, data, noised=None):
+    "A mixture on the plane, unequal variances, against torch.distributions; then noised, against quadrature."
+    spread = torch.distributions.Independent(Normal(data.mean, data.var.sqrt()[:, None].expand(-1, 2)), 1)
+    ref = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(data.weight), spread)
+    x, axis = 1.5 * randn(1, 40, 2), torch.linspace(-6, 6, 241, **F64)
+    close(density(data, x), ref.log_prob(x), 1e-10)
+    plane = torch.cartesian_prod(axis, axis)
+    close(density(data, plane).exp().sum() * 0.05**2, 1, 1e-6)
+    if noised is None: return
+    for n in STEPS:                                                      # forget by adding up over the plane
+        ab, p0 = S4.alpha_bar[n], ref.log_prob(plane).exp() * 0.05**2
+        gap = (x[:8, None] - ab.sqrt() * plane).square().sum(-1)
+        dens = (p0 * (-gap / (2 * (1 - ab))).exp()).sum(-1) / (2 * math.pi * (1 - ab))
+        close(noised(data, n).log_prob(x[:8]).exp(), dens, 1e-7)
+
+
+PLANE = Mixture(torch.tensor([0.2, 0.5, 0.3], **F64), torch.tensor([[-0.8, 0.3], [0.5, 0.6], [0.1, -0.9]], **F64),
+                torch.tensor([0.04, 0.3, 0.09], **F64))
+
+
+def test_mixture_on_the_plane():
+    check_plane(Mixture.log_prob, PLANE, lambda m, n: m.noised(n, S4))
+    x = PLANE.sample(200_000, gen(0))
+    mean = PLANE.weight @ PLANE.mean
+    second = PLANE.weight @ (PLANE.var[:, None] + PLANE.mean**2)         # of each coordinate
+    for moment, value in ((x, mean), (x**2, second), (x[:, :1] * x[:, 1:], (PLANE.weight * PLANE.mean.prod(-1)).sum())):
+        assert ((moment.mean(0) - value).abs() < 4 * moment.std(0) / len(x) ** 0.5).all()
+    near = (x - PLANE.mean[0]).norm(dim=-1) < 0.15                       # the narrow component shows
+    share = PLANE.log_prob(torch.cartesian_prod(*[torch.linspace(-6, 6, 1201, **F64)] * 2)).exp() * 0.01**2
+    cells = (torch.cartesian_prod(*[torch.linspace(-6, 6, 1201, **F64)] * 2) - PLANE.mean[0]).norm(dim=-1) < 0.15
+    assert abs(near.double().mean() - share[cells].sum()) < 0.003
+
+
+def log_density(power=1.0, spread=lambda v: v, weight=lambda w: w.log()):
+    "The log-density of a mixture, with room for mistakes."
+    def f(m, x):
+        gap = (x.unsqueeze(-2) - m.mean).square().sum(-1)
+        return (weight(m.weight) - gap / (2 * spread(m.var)) - power * (2 * math.pi * m.var).log()).logsumexp(-1)
+    return f
+
+
+WRONG_DENSITIES = {"one dimension": log_density(power=0.5), "deviation for variance": log_density(spread=torch.sqrt),
+                   "weights forgotten": log_density(weight=lambda w: torch.zeros_like(w)),
+                   "one variance for all": log_density(spread=lambda v: v.mean())}
+
+
+@pytest.mark.parametrize("wrong", WRONG_DENSITIES)
+def test_damaged_plane_is_noticed(wrong):
+    check_plane(log_density(), PLANE)
+    with pytest.raises(AssertionError): check_plane(WRONG_DENSITIES[wrong], PLANE)
+
+
 @few
 @given(schedules, mixtures(), st.data())
 def test_best_noise_prediction_is_the_mean_noise(sched, mixture, data):
@@ -126,6 +178,25 @@ def test_path_price_is_the_sum_along_the_walk(sched, seed):
 
 
 @few
+@given(schedules, seeds)
+def test_path_price_with_a_clipped_walk(sched, seed):
+    "The walk is clipped, the price is on raw noise along it; both by hand, and clipping changes the paths."
+    a, b = (lambda x, n: torch.sin(x + n) - 2), (lambda x, n: torch.cos(2 * x) / n)
+    x, noise = 3 * randn(seed, 50, 2), randn(seed + 1, sched.num_steps, 50, 2)
+    price, x0 = pk.path_kl(a, b, x, sched, clip=0.5, noise=noise)
+    free, _ = pk.path_kl(a, b, x, sched, noise=noise)
+    total = 0
+    for z, n in zip(noise, range(sched.num_steps, 0, -1)):
+        total = total + pk.step_kl(a(x, n), b(x, n), n, sched)
+        clean = df.x0_from_eps(x, a(x, n), n, sched).clamp(-0.5, 0.5)
+        x = df.posterior_mean(x, clean, n, sched) + sched.beta[n].sqrt() * (n > 1) * z
+    close(price, total, 1e-12)
+    close(x0, x, 1e-12)
+    assert x0.abs().max() <= 0.5 + 1e-12
+    if sched.num_steps > 1: assert (price - free).abs().max() > 1e-6
+
+
+@few
 @given(st.integers(2, 3), st.integers(1, 4), seeds)
 def test_path_kl_by_listing_all_paths(S, N, seed):
     (sp, kp), (sq, kq) = random_chain(seed, S, N), random_chain(seed + 7, S, N)
@@ -137,6 +208,20 @@ def test_path_kl_by_listing_all_paths(S, N, seed):
         ends[:, path[-1]] += torch.stack([p, q])
     close(pk.markov_path_kl(sp, kp, sq, kq).sum(), total, 1e-11)
     assert total >= kl(ends[0], ends[1]) - 1e-12
+
+
+def test_reverse_kernels_of_cells_that_noise_never_reaches():
+    "Rows are distributions for every cell; unreachable ones are uniform, the others Bayes' rule."
+    F, p0 = torch.eye(4, **F64).repeat(3, 1, 1), torch.tensor([0.2, 0.5, 0.3, 0.0], **F64)
+    F[1:, :3] = torch.tensor([0.6, 0.4, 0.0, 0.0], **F64)              # from anywhere with mass to the first two
+    R, p = ex.reverse_kernels(p0, F), ex.grid_marginals(p0, F)
+    assert R.isfinite().all()
+    close(R.sum(-1), 1, 1e-12)
+    close(R[1, :2], p0.expand(2, 4), 1e-12)                              # such noise tells nothing about a^0
+    for n in (1, 2): close(R[n, 2:], 0.25, 1e-12)
+    close(ex.run_chain(p[2], R), p0, 1e-12)
+    V = ex.optimal_values(torch.tensor([1.0, -1.0, 0.5, 2.0], **F64), R, 0.7)
+    assert V[1:].isfinite().all() and ex.optimal_kernels(V, R, 0.7).isfinite().all()
 
 
 def test_path_kl_ignores_states_that_are_never_reached():

@@ -426,7 +426,8 @@ def test_paper_preset_is_the_papers():
     assert p.algorithm == default and (default.num_critics, default.num_samples, default.actor_every) == (10, 10, 5)
 
 
-def as_stored(plan, eta): return json.loads(json.dumps(asdict(replace(plan, algorithm=replace(plan.algorithm, eta=eta)))))
+def as_stored(plan, eta):
+    return json.loads(json.dumps(asdict(replace(plan, algorithm=replace(plan.algorithm, eta=eta)))))
 
 
 @pytest.mark.parametrize("name", ["toy2d_small", "toy2d_longer"])

@@ -18,9 +18,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import bdpo_lit.evidence.demo
+import bdpo_lit.evidence.demo as maze_demo
 import bdpo_lit.offline.training as training
-import bdpo_lit.reference.command_line
+import bdpo_lit.reference.command_line as command_line
 from bdpo_lit.algorithm.bdpo import BDPO, BDPOConfig
 from bdpo_lit.offline.data import DataError, Transitions
 from bdpo_lit.offline.evaluation import episode_seeds, vectorize
@@ -618,7 +618,7 @@ def test_data_that_do_not_fit(meta, message):
 # The command line
 
 def test_command_line_says_what_there_is(run, capsys):
-    with pytest.raises(SystemExit) as e: bdpo_lit.reference.command_line.main(["demo", "--help"])
+    with pytest.raises(SystemExit) as e: command_line.main(["demo", "--help"])
     said = capsys.readouterr().out
     assert e.value.code == 0 and all(word in said for word in ("--preset {short,long}", "--seed", "--run-dir"))
     done = run("bdpo", "demo", "--preset", "fast", check=False)
@@ -627,11 +627,12 @@ def test_command_line_says_what_there_is(run, capsys):
 
 
 def test_ctrl_c_after_training_ends_politely(tmp_path, monkeypatch, capsys):
-    preset = bdpo_lit.evidence.demo.Preset(replace(PLAN, pretrain_steps=1, train_steps=1, eval_episodes=1, save_every=1), TINY)
-    monkeypatch.setitem(bdpo_lit.evidence.demo.PRESETS, "short", preset)
+    plan = replace(PLAN, pretrain_steps=1, train_steps=1, eval_episodes=1, save_every=1)
+    preset = maze_demo.Preset(plan, TINY)
+    monkeypatch.setitem(maze_demo.PRESETS, "short", preset)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    monkeypatch.setattr(bdpo_lit.evidence.demo, "fit_gaussian", lambda *args, **kwargs: signal.raise_signal(INT))
-    assert bdpo_lit.evidence.demo.demo(run_dir=tmp_path / "run", num_steps=100, dataset_id="test/ctrl-c-v0") == {}
+    monkeypatch.setattr(maze_demo, "fit_gaussian", lambda *args, **kwargs: signal.raise_signal(INT))
+    assert maze_demo.demo(run_dir=tmp_path / "run", num_steps=100, dataset_id="test/ctrl-c-v0") == {}
     assert "Training is finished and kept in" in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "run")["steps"] == dict(pretrain=1, train=1)
 
@@ -639,5 +640,5 @@ def test_ctrl_c_after_training_ends_politely(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("error", [RunError, DataError])
 def test_command_line_errors_are_one_line(error, monkeypatch):
     def fail(*args, **kwargs): raise error("runs/x already holds a run")
-    monkeypatch.setattr(bdpo_lit.evidence.demo, "demo", fail)
-    with pytest.raises(SystemExit, match="^bdpo: runs/x already holds a run$"): bdpo_lit.reference.command_line.main(["demo"])
+    monkeypatch.setattr(maze_demo, "demo", fail)
+    with pytest.raises(SystemExit, match="^bdpo: runs/x already holds a run$"): command_line.main(["demo"])

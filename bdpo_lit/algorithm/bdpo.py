@@ -107,22 +107,26 @@ class Learner:
         self.schedule()
         return self.descend(loss)
 
-    def schedule(self):
-        "Set the learning rate of the next update, and count it."
-        group = self.optimizer.param_groups[0]
-        rate = self.lr * cosine_rate(self.updates, self.decay_steps)
-        if isinstance(group["lr"], Tensor): group["lr"].fill_(rate)  # recorded updates
-        else: group["lr"] = rate
-        self.updates += 1
+# %% ../../nbs/algorithm/10_bdpo.ipynb #85617a0c
+@patch
+def schedule(self: Learner):
+    "Set the learning rate of the next update, and count it."
+    group = self.optimizer.param_groups[0]
+    rate = self.lr * cosine_rate(self.updates, self.decay_steps)
+    if isinstance(group["lr"], Tensor): group["lr"].fill_(rate)  # recorded updates
+    else: group["lr"] = rate
+    self.updates += 1
 
-    def descend(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        "The update at the rate that is set; nothing in it depends on Python's numbers."
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.clip_grad_norm)
-        self.optimizer.step()
-        ema_update(self.target, self.net, self.ema)
-        return norm
+# %% ../../nbs/algorithm/10_bdpo.ipynb #9ad3d1c4
+@patch
+def descend(self: Learner, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    "The update at the rate that is set; nothing in it depends on Python's numbers."
+    self.optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.clip_grad_norm)
+    self.optimizer.step()
+    ema_update(self.target, self.net, self.ema)
+    return norm
 
 # %% ../../nbs/algorithm/10_bdpo.ipynb #5016777e
 def plain(mlp: EnsembleMLP,                       # chapter 6's, for its parameters
@@ -192,8 +196,10 @@ class Algorithm1:
             net = nets[name].to(self.device)
             setattr(self, name, Learner(net, *rate, c.clip_grad_norm, c.ema))
 
-    def _normal(self, *shape):
-        return torch.randn(shape, generator=self.generator, device=self.device)
+# %% ../../nbs/algorithm/10_bdpo.ipynb #dae6c7e5
+@patch
+def _normal(self: Algorithm1, *shape):
+    return torch.randn(shape, generator=self.generator, device=self.device)
 
 # %% ../../nbs/algorithm/10_bdpo.ipynb #81fc3493
 @patch
@@ -392,13 +398,17 @@ class BDPO:
             obs_mean=zeros(obs_dim), obs_std=ones(obs_dim),
             action_mid=zeros(action_dim), action_half=ones(action_dim))
 
-    def _normal(self, *shape):
-        return torch.randn(shape, generator=self.generator, device=self.device)
+# %% ../../nbs/algorithm/10_bdpo.ipynb #6e013449
+@patch
+def _normal(self: BDPO, *shape):
+    return torch.randn(shape, generator=self.generator, device=self.device)
 
-    def _steps(self, batch_size):
-        "n ~ U[1, N], one for each row."
-        return torch.randint(1, self.config.num_steps + 1, (batch_size,),
-                             generator=self.generator, device=self.device)
+# %% ../../nbs/algorithm/10_bdpo.ipynb #bee1889a
+@patch
+def _steps(self: BDPO, batch_size):
+    "n ~ U[1, N], one for each row."
+    return torch.randint(1, self.config.num_steps + 1, (batch_size,),
+                         generator=self.generator, device=self.device)
 
 # %% ../../nbs/algorithm/10_bdpo.ipynb #10-017a
 @patch

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -103,30 +104,37 @@ class EnsembleMLP(nn.Module):
                                    else nn.Identity() for o in hidden)
         self.head = EnsembleLinear(widths[-1], out_dim, num_members)
 
-    def share(self, i: int,                 # which input
-              x: Float[Tensor, "_ *#B _"],  # its value; the first axis is K or 1
-             ) -> Float[Tensor, "K *B H"]:
-        "What input i contributes to the first layer, x_i W_{1,i}."
-        w = self.layers[0].weight.split(self.in_dims, dim=1)[i]
-        rows = x.reshape(len(x), -1, x.shape[-1]).expand(len(w), -1, -1)
-        return torch.bmm(rows, w).view(len(w), *x.shape[1:-1], w.shape[-1])
+# %% ../../nbs/algorithm/06_networks.ipynb #e59deecb
+@patch
+def share(self: EnsembleMLP, i: int,    # which input
+          x: Float[Tensor, "_ *#B _"],  # its value; the first axis is K or 1
+         ) -> Float[Tensor, "K *B H"]:
+    "What input i contributes to the first layer, x_i W_{1,i}."
+    w = self.layers[0].weight.split(self.in_dims, dim=1)[i]
+    rows = x.reshape(len(x), -1, x.shape[-1]).expand(len(w), -1, -1)
+    return torch.bmm(rows, w).view(len(w), *x.shape[1:-1], w.shape[-1])
 
-    def finish(self, *shares: Float[Tensor, "K *#B H"],  # of all inputs
-              ) -> Float[Tensor, "K *B out"]:
-        "The rest of the network: Eq. (6.5) from the sum over the inputs on."
-        bias = self.layers[0].bias
-        batch_dims = max(x.dim() for x in shares) - 2
-        z = bias.view(len(bias), *[1] * batch_dims, -1)
-        for x in shares: z = z + x
-        f = self.activate(self.norms[0], z)
-        for layer, norm in zip(self.layers[1:], self.norms[1:]):
-            f = self.activate(norm, layer(f))
-        return self.head(f)
+# %% ../../nbs/algorithm/06_networks.ipynb #9be6c950
+@patch
+def finish(self: EnsembleMLP, *shares: Float[Tensor, "K *#B H"],  # of all inputs
+          ) -> Float[Tensor, "K *B out"]:
+    "The rest of the network: Eq. (6.5) from the sum over the inputs on."
+    bias = self.layers[0].bias
+    batch_dims = max(x.dim() for x in shares) - 2
+    z = bias.view(len(bias), *[1] * batch_dims, -1)
+    for x in shares: z = z + x
+    f = self.activate(self.norms[0], z)
+    for layer, norm in zip(self.layers[1:], self.norms[1:]):
+        f = self.activate(norm, layer(f))
+    return self.head(f)
 
-    def forward(self, *inputs: Float[Tensor, "_ *#B _"],  # one for each of `in_dims`
-               ) -> Float[Tensor, "K *B out"]:
-        "Values of all members; the first axis of an input is K or 1."
-        return self.finish(*(self.share(i, x) for i, x in enumerate(inputs)))
+# %% ../../nbs/algorithm/06_networks.ipynb #b9a77339
+@patch
+def forward(self: EnsembleMLP,
+            *inputs: Float[Tensor, "_ *#B _"],  # one for each of `in_dims`
+           ) -> Float[Tensor, "K *B out"]:
+    "Values of all members; the first axis of an input is K or 1."
+    return self.finish(*(self.share(i, x) for i, x in enumerate(inputs)))
 
 # %% ../../nbs/algorithm/06_networks.ipynb #06-020
 class TimeEmbedding(nn.Module):

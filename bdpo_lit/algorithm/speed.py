@@ -93,9 +93,10 @@ class ByteCounter(TorchDispatchMode):
                                else t.numel() * t.element_size())
         return out
 
-# %% ../../nbs/algorithm/11_speed.ipynb #1596bcae
+# %% ../../nbs/algorithm/11_speed.ipynb #7d38ff84
 UPDATES = dict(pretrain="behavior", critic="critics", actor="actor")  # names in BDPO
 
+# %% ../../nbs/algorithm/11_speed.ipynb #1596bcae
 def work(agent: BDPO,                        # whose updates
          batch: Batch,                       # on what
         ) -> dict[str, dict[str, float]]:    # pretrain, critic, actor: flops, bytes
@@ -278,9 +279,23 @@ def take_over(self: Recorded):
         replay = lambda batch, what=what: self._replay(batch, what)
         setattr(self.agent, f"update_{what}", replay)
 
-# %% ../../nbs/algorithm/11_speed.ipynb #10b-034
+# %% ../../nbs/algorithm/11_speed.ipynb #a10da579
 MODES = ("off", "default", "cudagraph")     # default: compile; cudagraph: and record
 
+# %% ../../nbs/algorithm/11_speed.ipynb #02f58ee4
+def _try_recording(agent, batch):
+    "Record the agent's updates, or leave it as it was; what happened, in words."
+    draws, stream = agent.generator.get_state(), torch.cuda.current_stream(agent.device)
+    try:
+        Recorded(agent, batch).take_over()
+        return "updates recorded as CUDA graphs"
+    except RuntimeError as e:
+        torch.cuda.set_stream(stream)   # a broken recording leaves its own behind
+        agent.fixed, agent.generator = False, torch.Generator(agent.device)
+        agent.generator.set_state(draws)
+        return f"nothing recorded ({_first_line(e)})"
+
+# %% ../../nbs/algorithm/11_speed.ipynb #10b-034
 def accelerate(agent: BDPO,        # whose updates to make faster, from now on
                mode: str = "off",  # one of `MODES`; "cudagraph" needs a GPU
                batch=None,         # cudagraph: one batch of the size to come
@@ -298,15 +313,7 @@ def accelerate(agent: BDPO,        # whose updates to make faster, from now on
         return f"{said}, nothing recorded: CUDA graphs need a GPU"
     if batch is None:
         raise ValueError("to record updates a batch is needed, of the size to come")
-    draws, stream = agent.generator.get_state(), torch.cuda.current_stream(agent.device)
-    try:
-        Recorded(agent, batch).take_over()
-        return f"{said}, updates recorded as CUDA graphs"
-    except RuntimeError as e:
-        torch.cuda.set_stream(stream)   # a broken recording leaves its own behind
-        agent.fixed, agent.generator = False, torch.Generator(agent.device)
-        agent.generator.set_state(draws)
-        return f"{said}, nothing recorded ({_first_line(e)})"
+    return f"{said}, {_try_recording(agent, batch)}"
 
 # %% ../../nbs/algorithm/11_speed.ipynb #10b-037
 class _Losses(nn.Module):

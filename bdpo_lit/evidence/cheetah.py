@@ -203,6 +203,28 @@ def expectile_loss(gap: Float[Tensor, "*B"],  # Q - V
     "Asymmetric squared error: its minimiser over V is an expectile of Q. Eq. (19.2)."
     return (torch.abs(level - (gap < 0).float()) * gap.square()).mean()
 
+# %% ../../nbs/evidence/19_cheetah.ipynb #83974bc2
+def _iql_parts(data: Transitions, hidden: tuple[int, ...], lr: float, seed: int):
+    "Two critics, V and a Gaussian actor, with fresh weights; and Adam for each."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        q = QNet(data.obs_dim, data.action_dim, hidden, 2)
+        v = EnsembleMLP((data.obs_dim,), hidden, 1)
+        actor = GaussianPolicy(data.obs_dim, data.action_dim, hidden)
+    nets = q, v, actor
+    return nets, [torch.optim.Adam(net.parameters(), lr) for net in nets]
+
+# %% ../../nbs/evidence/19_cheetah.ipynb #a6479e63
+def _gaussian_player(actor: GaussianPolicy, scaling: Scaling, seed: int) -> Callable:
+    "A policy for `evaluate`: the mean, or with noise = 1 a draw."
+    draws = torch.Generator().manual_seed(seed)
+    @torch.no_grad()
+    def play(obs, noise=0.0):
+        d = actor(scaling.obs(torch.as_tensor(obs)))
+        draw = d.mean + noise * d.stddev * torch.randn(d.mean.shape, generator=draws)
+        return draw.clamp(-1, 1).numpy()
+    return play
+
 # %% ../../nbs/evidence/19_cheetah.ipynb #15b-026
 def iql(data: Transitions,        # the data set, rewards scaled
         steps: int = 5_000,       # updates
@@ -218,15 +240,8 @@ def iql(data: Transitions,        # the data set, rewards scaled
     "Implicit Q-learning; observations are standardised."
     scaling = Scaling.fit(data, scale_actions=False)
     data = scaling.apply(data)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        q = QNet(data.obs_dim, data.action_dim, hidden, 2)
-        v = EnsembleMLP((data.obs_dim,), hidden, 1)
-        actor = GaussianPolicy(data.obs_dim, data.action_dim, hidden)
-        slow = copy.deepcopy(q)
-    value = lambda s: v(s[None])[0, :, 0]
-    opt_q, opt_v, opt_a = (torch.optim.Adam(net.parameters(), lr)
-                           for net in (q, v, actor))
+    (q, v, actor), (opt_q, opt_v, opt_a) = _iql_parts(data, hidden, lr, seed)
+    slow, value = copy.deepcopy(q), lambda s: v(s[None])[0, :, 0]
     g = torch.Generator().manual_seed(seed)
     for k in tqdm(range(steps), desc="IQL" if sharpness else "Gaussian cloning",
                   unit="update"):
@@ -245,12 +260,7 @@ def iql(data: Transitions,        # the data set, rewards scaled
         a_loss = -(weight * actor(s).log_prob(a).sum(-1)).mean()
         opt_a.param_groups[0]["lr"] = lr * cosine_rate(k, steps)
         opt_a.zero_grad(); a_loss.backward(); opt_a.step()
-    draws = torch.Generator().manual_seed(seed)
-    @torch.no_grad()
-    def play(obs, noise=0.0):
-        d = actor(scaling.obs(torch.as_tensor(obs)))
-        draw = d.mean + noise * d.stddev * torch.randn(d.mean.shape, generator=draws)
-        return draw.clamp(-1, 1).numpy()
+    play = _gaussian_player(actor, scaling, seed)
     return play, partial(play, noise=1.0)
 
 # %% ../../nbs/evidence/19_cheetah.ipynb #15b-031
@@ -279,6 +289,18 @@ def players(agent: BDPO,                     # of the last update
             f"BDPO, {ten}": agent.policy("best", 10, seed=seed),
             f"BDPO, {ten}, best checkpoint": best.policy("best", 10, seed=seed)}
 
+# %% ../../nbs/evidence/19_cheetah.ipynb #3e7aa9d3
+def _baselines(data: Transitions, steps: int, seed: int, seconds: dict) -> dict:
+    "The policies that are not BDPO, trained; notes the CPU-seconds of each."
+    def timed(name, **options):
+        start = time.process_time()
+        found = iql(data, steps, seed=seed, **options)
+        seconds[name] = round(time.process_time() - start)
+        return found
+    mean, sample = timed("Gaussian clone", sharpness=0)
+    return {"Gaussian clone, mean action": mean, "Gaussian clone, one sample": sample,
+            "IQL": timed("IQL")[0]}
+
 # %% ../../nbs/evidence/19_cheetah.ipynb #755722a6
 def compare(seed: int = 0,                # of weights, noise, order; the data stay
             run_dir: str | Path | None = None,  # default runs/halfcheetah-SEED
@@ -295,24 +317,16 @@ def compare(seed: int = 0,                # of weights, noise, order; the data s
     collect_cheetah(num_steps, dataset_id=dataset_id, iterations=iterations)
     raw = load_minari(dataset_id)
     data = scale_reward(raw, plan.reward)
-    def timed(name, f):
-        start = time.process_time()
-        out = f()
-        seconds[name] = round(time.process_time() - start)
-        return out
     training = Training(data, replace(plan.train, seed=seed, device="cpu"),
                         plan.algorithm, make_cheetah_env, run_dir, resume=True)
-    fresh = sum(training.steps.values()) == 0
-    timed("BDPO", lambda: watch(training))
-    if not fresh: seconds["BDPO"] = None   # of a run taken up again we know a part only
+    fresh, start = sum(training.steps.values()) == 0, time.process_time()
+    watch(training)
+    # of a run taken up again we know a part only
+    seconds["BDPO"] = round(time.process_time() - start) if fresh else None
     if not training.finished:
         raise RunError(f"stopped; {run_dir} keeps the run, and the same call goes on "
                        f"with it")
-    mean, sample = timed("Gaussian clone",
-                         lambda: iql(data, baseline_steps, sharpness=0, seed=seed))
-    baselines = {"Gaussian clone, mean action": mean,
-                 "Gaussian clone, one sample": sample,
-                 "IQL": timed("IQL", lambda: iql(data, baseline_steps, seed=seed))[0]}
+    baselines = _baselines(data, baseline_steps, seed, seconds)
     field = players(training.agent, load_agent(run_dir / "best.pt", "cpu"), baselines)
     returns = {name: evaluate(play, make_cheetah_env, episodes,
                               seed=1000).returns.tolist()

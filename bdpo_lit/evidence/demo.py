@@ -184,8 +184,7 @@ def demo(preset: str = "short",        # "short" (minutes on two cores) or "long
     fresh = sum(training.steps.values()) == 0
     watch(training)
     envs.close()
-    # of a run taken up again we know a part only
-    trained = time.perf_counter() - start if fresh else None
+    trained = time.perf_counter() - start
     if not training.finished:
         print(f"Stopped. The run is kept in {run_dir}; the same command goes on with "
               f"it.")
@@ -195,13 +194,22 @@ def demo(preset: str = "short",        # "short" (minutes on two cores) or "long
         print(f"Stopped. Training is finished and kept in {run_dir}; the same command "
               f"goes on with the contest.")
         return {}
-    lo, hi = data.meta["ref_min_score"], data.meta["ref_max_score"]
-    found = dict(preset=preset, seed=seed, train_seconds=trained and round(trained),
-                 seconds=round(time.perf_counter() - start) if fresh else None,
-                 provenance=provenance(), ref_min=lo, ref_max=hi,
-                 config=dict(train=asdict(training.config),
-                             algorithm=asdict(training.algorithm)),
-                 evaluations=training.evaluations,
+    # of a run taken up again we know a part only
+    times = [round(trained), round(time.perf_counter() - start)]
+    return _report(preset, run_dir, training, played, times if fresh else [None] * 2)
+
+# %% ../../nbs/evidence/18_demo.ipynb #a602fa84
+def _report(preset: str, run_dir: Path, training: Training,
+            played: dict[str, Evaluation],
+            times: list[int | None],      # seconds of training, and in all
+           ) -> dict:
+    "Write, draw and print what came of a run; returns what was written."
+    meta = training.data.meta
+    lo, hi = meta["ref_min_score"], meta["ref_max_score"]
+    config = dict(train=asdict(training.config), algorithm=asdict(training.algorithm))
+    found = dict(preset=preset, seed=training.config.seed, train_seconds=times[0],
+                 seconds=times[1], provenance=provenance(), ref_min=lo, ref_max=hi,
+                 config=config, evaluations=training.evaluations,
                  scores={name: _score(e, lo, hi) for name, e in played.items()})
     (run_dir / "results.json").write_text(json.dumps(found, indent=1))
     _draw_all(run_dir, training.agent, played, hi)

@@ -95,21 +95,6 @@ class Transitions:
         "A"
         return self.action.shape[-1]
 
-    def to(self, device: str | torch.device,  # e.g. "cuda"
-          ) -> "Transitions":
-        "The same transitions on another device."
-        tensors = {k: getattr(self, k).to(device) for k in (*_FIELDS, "episode")}
-        return replace(self, **tensors)
-
-    def sample(self, batch_size: int,                     # B
-               generator: torch.Generator | None = None,  # on the data's device
-              ) -> Batch:
-        "B transitions drawn uniformly with replacement, on the device of the data."
-        i = torch.randint(len(self), (batch_size,), generator=generator,
-                          device=self.action.device)
-        return Batch(self.obs[i], self.action[i], self.reward[i], self.next_obs[i],
-                     self.terminal[i])
-
 # %% ../../nbs/offline/12_data.ipynb #e38eae51
 _FIELDS = dict(obs=2, action=2, reward=1, next_obs=2, terminal=1)  # number of axes
 
@@ -131,6 +116,25 @@ def validate(self: Transitions):
         raise DataError(f"{source}: 'episode' is {self.episode.dtype} of shape "
                         f"{tuple(self.episode.shape)}; expected torch.int64 of "
                         f"shape ({T},)")
+
+# %% ../../nbs/offline/12_data.ipynb #6c1e826c
+@patch
+def sample(self: Transitions, batch_size: int,        # B
+           generator: torch.Generator | None = None,  # on the data's device
+          ) -> Batch:
+    "B transitions drawn uniformly with replacement, on the device of the data."
+    i = torch.randint(len(self), (batch_size,), generator=generator,
+                      device=self.action.device)
+    return Batch(self.obs[i], self.action[i], self.reward[i], self.next_obs[i],
+                 self.terminal[i])
+
+# %% ../../nbs/offline/12_data.ipynb #9b0264b3
+@patch
+def to(self: Transitions, device: str | torch.device,  # e.g. "cuda"
+      ) -> Transitions:
+    "The same transitions on another device."
+    tensors = {k: getattr(self, k).to(device) for k in (*_FIELDS, "episode")}
+    return replace(self, **tensors)
 
 # %% ../../nbs/offline/12_data.ipynb #12-022
 ACTION_MARGIN = 1 - 1e-5  # actions are kept inside this fraction of their range
@@ -240,23 +244,29 @@ class Scaling:
             mid, half = (high + low) / 2, (high - low) / 2
         return cls(mean, std, mid, half)
 
-    def obs(self, x: Float[Tensor, "*B S"],         # observations of the environment
-           ) -> Float[Tensor, "*B S"]:
-        "Observations as the agent sees them; dtype and device stay."
-        m, w = self.obs_mean.to(x.device), self.obs_std.to(x.device)
-        return ((x.double() - m) / w).to(x.dtype)
+# %% ../../nbs/offline/12_data.ipynb #1804db0c
+@patch
+def obs(self: Scaling, x: Float[Tensor, "*B S"],  # observations of the environment
+       ) -> Float[Tensor, "*B S"]:
+    "Observations as the agent sees them; dtype and device stay."
+    m, w = self.obs_mean.to(x.device), self.obs_std.to(x.device)
+    return ((x.double() - m) / w).to(x.dtype)
 
-    def action(self, x: Float[Tensor, "*B A"],      # actions of the environment
+# %% ../../nbs/offline/12_data.ipynb #49974313
+@patch
+def action(self: Scaling, x: Float[Tensor, "*B A"],  # actions of the environment
+          ) -> Float[Tensor, "*B A"]:
+    "Actions as the agent learns them; those within the bounds land in [-1, 1]."
+    c, h = self.action_mid.to(x.device), self.action_half.to(x.device)
+    return ((x.double() - c) / h).to(x.dtype)
+
+# %% ../../nbs/offline/12_data.ipynb #34724711
+@patch
+def env_action(self: Scaling, x: Float[Tensor, "*B A"],  # actions of the agent
               ) -> Float[Tensor, "*B A"]:
-        "Actions as the agent learns them; those within the bounds land in [-1, 1]."
-        c, h = self.action_mid.to(x.device), self.action_half.to(x.device)
-        return ((x.double() - c) / h).to(x.dtype)
-
-    def env_action(self, x: Float[Tensor, "*B A"],  # actions of the agent
-                  ) -> Float[Tensor, "*B A"]:
-        "Actions of the environment; those in [-1, 1] land within the bounds."
-        c, h = self.action_mid.to(x.device), self.action_half.to(x.device)
-        return (c + h * x.double()).to(x.dtype)
+    "Actions of the environment; those in [-1, 1] land within the bounds."
+    c, h = self.action_mid.to(x.device), self.action_half.to(x.device)
+    return (c + h * x.double()).to(x.dtype)
 
 # %% ../../nbs/offline/12_data.ipynb #73d48919
 @patch
@@ -465,6 +475,14 @@ def _d4rl_columns(path: Path, extra: tuple[str, ...]) -> dict[str, np.ndarray]:
     return {k: x if k in vectors else x.reshape(len(x), -1)[:, 0]
             for k, x in raw.items()}
 
+# %% ../../nbs/offline/12_data.ipynb #45a9b3ce
+def _successors(obs: np.ndarray, terminal: np.ndarray,
+                timeout: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "The next row, a stand-in where terminal; and which rows have what they need."
+    last = np.arange(len(obs)) == len(obs) - 1
+    next_obs = np.where(terminal[:, None], obs, np.roll(obs, -1, axis=0))
+    return next_obs, terminal | ~(timeout | last)
+
 # %% ../../nbs/offline/12_data.ipynb #12-044
 def load_hdf5(path: str | Path,                # file in the D4RL layout
               max_episode_steps: int | None = None,  # needed if it has no time-outs
@@ -490,9 +508,7 @@ def load_hdf5(path: str | Path,                # file in the D4RL layout
     if use_next_observations:
         next_obs, keep = raw["next_observations"], np.ones(len(obs), bool)
     else:
-        last = np.arange(len(obs)) == len(obs) - 1
-        next_obs = np.where(terminal[:, None], obs, np.roll(obs, -1, axis=0))
-        keep = terminal | ~(timeout | last)
+        next_obs, keep = _successors(obs, terminal, timeout)
     arrays = dict(obs=obs, action=raw["actions"], reward=raw["rewards"],
                   next_obs=next_obs, terminal=terminal, episode=episode)
     bound = np.ones(raw["actions"].shape[1])
@@ -634,6 +650,44 @@ def _record(record: Path, found: str, path: Path):
                       "noticed")
 
 # %% ../../nbs/offline/12_data.ipynb #12-063
+def _on_disk(path: Path, record: Path, sha256: str | None, by_hand: str) -> Path:
+    "The file, compared with its checksum, or noted at first sight; else `DataError`."
+    try:
+        known = record.read_text().split()[0] if record.exists() else None
+        if not known: _check_d4rl_file(path)
+        found = _verify(path, sha256 or known)
+    except DataError as e:
+        raise DataError(f"{path}: {e}; the file is damaged, or another one. Delete "
+                        f"it and {record.name}, and load again, or "
+                        f"{by_hand}") from None
+    if not known: _record(record, found, path)
+    return path
+
+# %% ../../nbs/offline/12_data.ipynb #0150827b
+def _download_all(url: str, part: Path, progress: bool, timeout: float):
+    "`_download`, again after each break, until a try brings nothing new."
+    size = -1
+    while True:
+        try: return _download(url, part, progress, timeout)
+        except (OSError, HTTPException):
+            before, size = size, part.stat().st_size if part.exists() else 0
+            if size <= max(before, 0): raise  # nothing new arrived: give up
+
+# %% ../../nbs/offline/12_data.ipynb #167a7b81
+def _accept(part: Path, path: Path, record: Path, sha256: str | None, url: str,
+            by_hand: str):
+    "Check what arrived, note its checksum, give it its name; else `DataError`."
+    try:
+        _check_d4rl_file(part)
+        found = _verify(part, sha256)
+    except DataError as e:
+        part.unlink()
+        raise DataError(f"what {url} sent is not the file: {e}. Try again "
+                        f"later, or {by_hand}") from None
+    _record(record, found, path)
+    part.replace(path)
+
+# %% ../../nbs/offline/12_data.ipynb #ba2cf5eb
 def fetch_d4rl(task: str,                  # e.g. "hopper-medium-v2"; see `D4RL_TASKS`
                folder: str | Path | None = None,  # None: `d4rl_folder()`
                sha256: str | None = None,  # checksum the file must have, if you know it
@@ -652,37 +706,14 @@ def fetch_d4rl(task: str,                  # e.g. "hopper-medium-v2"; see `D4RL_
     path = (Path(folder).expanduser() if folder else d4rl_folder()) / Path(url).name
     part, record = (path.with_name(path.name + end) for end in (".part", ".sha256"))
     by_hand = f"get {url} and put it at {path}"
-    if path.exists():
-        try:
-            known = record.read_text().split()[0] if record.exists() else None
-            if not known: _check_d4rl_file(path)
-            found = _verify(path, sha256 or known)
-        except DataError as e:
-            raise DataError(f"{path}: {e}; the file is damaged, or another one. Delete "
-                            f"it and {record.name}, and load again, or "
-                            f"{by_hand}") from None
-        if not known: _record(record, found, path)
-        return path
+    if path.exists(): return _on_disk(path, record, sha256, by_hand)
     if not download:
         raise DataError(f"'{task}' is not on disk; pass download=True, or {by_hand}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path.with_name(path.name + ".lock")):
-            size = -1
-            while True:
-                try: _download(url, part, progress, timeout); break
-                except (OSError, HTTPException):
-                    before, size = size, part.stat().st_size if part.exists() else 0
-                    if size <= max(before, 0): raise  # nothing new arrived: give up
-            try:
-                _check_d4rl_file(part)
-                found = _verify(part, sha256)
-            except DataError as e:
-                part.unlink()
-                raise DataError(f"what {url} sent is not the file: {e}. Try again "
-                                f"later, or {by_hand}") from None
-            _record(record, found, path)
-            part.replace(path)
+            _download_all(url, part, progress, timeout)
+            _accept(part, path, record, sha256, url, by_hand)
     except (OSError, HTTPException) as e:
         raise DataError(f"'{task}' is not on disk and could not be downloaded "
                         f"({type(e).__name__}: {e}). What arrived is kept: load again "

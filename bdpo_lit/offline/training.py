@@ -36,7 +36,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 from ..algorithm.bdpo import BDPO, BDPOConfig
 from .data import Batch, DataError, Scaling, Transitions
-from .evaluation import evaluate as play_episodes
+from .evaluation import Evaluation, evaluate as play_episodes
 from .evaluation import normalized_score, vectorize
 from ..algorithm.speed import MODES, Fleet, accelerate
 from ..reference.style import use_style
@@ -115,10 +115,7 @@ class Training:
         self.agent = BDPO(data.obs_dim, data.action_dim, a, device, c.seed)
         if scaling is not None: self.agent.set_scaling(**vars(scaling))
 
-        order, self.play_seed = SeedSequence(c.seed).generate_state(2).tolist()
-        self.order = torch.Generator(device).manual_seed(order)  # draws the batches
-        starts = SeedSequence([c.seed, 1]).generate_state(1)
-        self.start_seed = int(starts[0])                         # of evaluations
+        self._seed_streams()
 
         self.steps = {"pretrain": 0, "train": 0}
         self.sums = {}      # of the metrics since the last row
@@ -130,11 +127,14 @@ class Training:
         example = self.data.sample(c.batch_size, torch.Generator(device))
         self.accelerated = accelerate(self.agent, c.compile, example)
 
-    @property
-    def finished(self) -> bool:
-        "Whether all updates have been made."
-        return (self.steps["pretrain"] >= self.config.pretrain_steps
-                and self.steps["train"] >= self.config.train_steps)
+# %% ../../nbs/offline/15_training.ipynb #172a1812
+@patch
+def _seed_streams(self: Training):
+    "Random numbers for the order of the batches and for evaluations."
+    seed = self.config.seed
+    order, self.play_seed = SeedSequence(seed).generate_state(2).tolist()
+    self.order = torch.Generator(self.agent.device).manual_seed(order)
+    self.start_seed = int(SeedSequence([seed, 1]).generate_state(1)[0])
 
 # %% ../../nbs/offline/15_training.ipynb #65916deb
 @patch
@@ -157,6 +157,13 @@ def run(self: Training) -> Iterator[Progress]:
                 yield self._look_after(self._count(phase, total, metrics))
     finally:
         if self.whole: self.save()  # else the checkpoint before it is the one to keep
+
+# %% ../../nbs/offline/15_training.ipynb #068b6509
+@patch(as_prop=True)
+def finished(self: Training) -> bool:
+    "Whether all updates have been made."
+    return (self.steps["pretrain"] >= self.config.pretrain_steps
+            and self.steps["train"] >= self.config.train_steps)
 
 # %% ../../nbs/offline/15_training.ipynb #14-051
 @patch
@@ -194,8 +201,13 @@ def evaluate(self: Training,
     found = dict(step=self.steps["train"], episodes=len(played),
                  env=spec.id if spec else None, how=c.how,
                  num_actions=played.num_actions)
-    found |= {"return": float(played.returns.mean()),
-              "std": float(played.returns.std())}
+    return found | _earned(played, meta)
+
+# %% ../../nbs/offline/15_training.ipynb #4035cb4d
+def _earned(played: Evaluation, meta: dict) -> dict[str, float]:
+    "Return and its deviation; success and score where they are known."
+    found = {"return": float(played.returns.mean()),
+             "std": float(played.returns.std())}
     if played.success is not None: found["success"] = played.success_rate
     lo, hi = meta.get("ref_min_score"), meta.get("ref_max_score")
     if None not in (lo, hi):
@@ -256,21 +268,25 @@ def save(self: Training,
 
 # %% ../../nbs/offline/15_training.ipynb #14-070
 @patch
+def _take_up(self: Training, state: dict):
+    "Agent, order and bookkeeping as a checkpoint has them."
+    here = self.agent.device.type
+    if state["device"] != here:
+        raise RunError(f"{self.dir} was trained on {state['device']!r} and this is "
+                       f"{here!r}, whose random numbers differ; resume it "
+                       f"with device={state['device']!r} (load_agent takes the "
+                       f"agent anywhere)")
+    self.agent.load_state_dict(state["agent"])
+    self.order.set_state(state["order"].cpu())
+    self.steps, self.sums = state["steps"], state["sums"]
+    self.evaluations, self.warnings = state["evaluations"], state["warnings"]
+
+# %% ../../nbs/offline/15_training.ipynb #0a6cbbe7
+@patch
 def _resume(self: Training):
-    """Take up agent, order and bookkeeping where the last checkpoint left them; without
-    one, begin again."""
+    "Go on where the last checkpoint left off; without one, begin again."
     if (self.dir / "last.pt").exists():
-        here = self.agent.device
-        state = load_checkpoint(self.dir, str(here))
-        if state["device"] != here.type:
-            raise RunError(f"{self.dir} was trained on {state['device']!r} and this is "
-                           f"{here.type!r}, whose random numbers differ; resume it "
-                           f"with device={state['device']!r} (load_agent takes the "
-                           f"agent anywhere)")
-        self.agent.load_state_dict(state["agent"])
-        self.order.set_state(state["order"].cpu())
-        self.steps, self.sums = state["steps"], state["sums"]
-        self.evaluations, self.warnings = state["evaluations"], state["warnings"]
+        self._take_up(load_checkpoint(self.dir, str(self.agent.device)))
     _forget(self.dir / "metrics.csv",
             lambda row: int(row["step"]) > self.steps[row["phase"]])
     if (played := self.dir / "evaluations.csv").exists():
@@ -429,6 +445,7 @@ _ADVICE = {
     "train": "Try smaller learning rates, a larger eta or more critics, or look for "
              "outliers among the rewards."}
 
+# %% ../../nbs/offline/15_training.ipynb #de53b750
 @patch
 def _means(self: Training) -> dict[str, float]:
     "Averages since the last row. Raises `TrainingDiverged` unless all are finite."
@@ -713,14 +730,9 @@ def stop_after_step() -> Iterator[threading.Event]:
     try: yield stop
     finally: restore()
 
-# %% ../../nbs/offline/15_training.ipynb #14-083b
-def run_together(trainings: Sequence[Training],  # alike but for seed and directory
-                ) -> Iterator[tuple[Progress, ...]]:  # one for each run
-    """All updates that are left of several runs, as one batched program. Saves as
-    `Training.run`. Raises `RunError`.
-
-    Between evaluations, saves and the end the runs' agents are out of date: do not play
-    or save them yourself."""
+# %% ../../nbs/offline/15_training.ipynb #06fa1858
+def _check_together(trainings: Sequence[Training]):
+    "Raise `RunError` for runs that cannot train together."
     one, c = trainings[0], trainings[0].config
     for t in trainings:
         told = replace(t.config, seed=c.seed), t.algorithm, t.steps
@@ -730,6 +742,27 @@ def run_together(trainings: Sequence[Training],  # alike but for seed and direct
     if c.compile != "off":
         raise RunError("runs that train together are not compiled; set compile to "
                        "'off'")
+
+# %% ../../nbs/offline/15_training.ipynb #cc613ee9
+def _step_together(trainings: Sequence[Training], update: Callable, phase: str,
+                   total: int) -> list[Progress]:
+    "Draw each run's batch, update all at once, and count."
+    for t in trainings: t.whole = False
+    batches = [t.data.sample(t.config.batch_size, t.order) for t in trainings]
+    metrics = update(batches)
+    return [t._count(phase, total, {k: x[s] for k, x in metrics.items()})
+            for s, t in enumerate(trainings)]
+
+# %% ../../nbs/offline/15_training.ipynb #14-083b
+def run_together(trainings: Sequence[Training],  # alike but for seed and directory
+                ) -> Iterator[tuple[Progress, ...]]:  # one for each run
+    """All updates that are left of several runs, as one batched program. Saves as
+    `Training.run`. Raises `RunError`.
+
+    Between evaluations, saves and the end the runs' agents are out of date: do not play
+    or save them yourself."""
+    _check_together(trainings)
+    one, c = trainings[0], trainings[0].config
     agents = [t.agent for t in trainings]
     fleet, whole = Fleet(agents), lambda: all(t.whole for t in trainings)
     if not whole():
@@ -745,11 +778,7 @@ def run_together(trainings: Sequence[Training],  # alike but for seed and direct
                 fleet = Fleet(agents)
             update = fleet.update_behavior if phase == "pretrain" else fleet.update
             while (step := one.steps[phase]) < total:
-                for t in trainings: t.whole = False
-                batches = [t.data.sample(c.batch_size, t.order) for t in trainings]
-                metrics = update(batches)
-                made = [t._count(phase, total, {k: x[s] for k, x in metrics.items()})
-                        for s, t in enumerate(trainings)]
+                made = _step_together(trainings, update, phase, total)
                 due = (n and (step + 1) % n == 0 for n in (c.eval_every, c.save_every))
                 # the agents are about to be played or saved
                 if step + 1 == total or any(due): fleet.give_back()
@@ -776,10 +805,7 @@ def watch(training: Training,  # the run
                                unit="update", dynamic_ncols=True)
                 for w in p.warnings: tell(w)
                 if p.metrics or p.evaluation:
-                    beside |= {k: f"{x:.3g}" for k, x in (p.metrics or {}).items()
-                               if k in show}
-                    beside |= {k: f"{x:.1f}" for k, x in (p.evaluation or {}).items()
-                               if k in ("score", "return")}
+                    beside |= _beside(p, show)
                     n = len(training.warnings)
                     bar.set_postfix(beside | (dict(warnings=n) if n else {}),
                                     refresh=False)
@@ -788,6 +814,13 @@ def watch(training: Training,  # the run
         finally:
             if bar is not None: bar.close()
     return training.evaluations
+
+# %% ../../nbs/offline/15_training.ipynb #c21c9503
+def _beside(p: Progress, show: Sequence[str]) -> dict[str, str]:
+    "What stands beside the bar: chosen metrics, score and return."
+    shown = {k: f"{x:.3g}" for k, x in (p.metrics or {}).items() if k in show}
+    return shown | {k: f"{x:.1f}" for k, x in (p.evaluation or {}).items()
+                    if k in ("score", "return")}
 
 # %% ../../nbs/offline/15_training.ipynb #4ca0a29b
 def _told(w: dict) -> str:
@@ -843,6 +876,18 @@ def _grouped(run_dirs: Sequence[Path]) -> dict[str, list[Path]]:
             groups.setdefault(label, []).append(d)
     return groups
 
+# %% ../../nbs/offline/15_training.ipynb #32ce7933
+def _draw_curve(ax: plt.Axes, runs: Sequence[Path], name: str, phase: str, color: str,
+                label: str):
+    "Mean of the runs that have the curve, and their range."
+    curves = [c for d in runs if (c := read_column(d, name, phase))]
+    if not curves: return
+    steps = sorted(set.intersection(*map(set, curves)))
+    y = np.array([[c[s] for s in steps] for c in curves])
+    ax.plot(steps, y.mean(0), "o-" if len(steps) < 2 else "-", color=color, label=label)
+    if len(curves) > 1:
+        ax.fill_between(steps, y.min(0), y.max(0), color=color, alpha=0.2, lw=0)
+
 # %% ../../nbs/offline/15_training.ipynb #1a106af7
 def draw_runs(run_dirs: Sequence[str | Path],  # directories of runs
              ) -> plt.Figure:
@@ -859,15 +904,7 @@ def draw_runs(run_dirs: Sequence[str | Path],  # directories of runs
     for k, (label, runs) in enumerate(groups.items()):
         several = f" ({len(runs)} runs)" if len(runs) > 1 else ""
         for ax, (name, phase) in zip(axes.flat, panels):
-            curves = [c for d in runs if (c := read_column(d, name, phase))]
-            if not curves: continue
-            steps = sorted(set.intersection(*map(set, curves)))
-            y = np.array([[c[s] for s in steps] for c in curves])
-            ax.plot(steps, y.mean(0), "o-" if len(steps) < 2 else "-", color=f"C{k}",
-                    label=label + several)
-            if len(curves) > 1:
-                ax.fill_between(steps, y.min(0), y.max(0), color=f"C{k}", alpha=0.2,
-                                lw=0)
+            _draw_curve(ax, runs, name, phase, f"C{k}", label + several)
     for ax, (name, phase) in zip(axes.flat, panels):
         ax.set(title=name, xlabel=f"updates ({phase})")
     names = {name: line for ax in axes.flat

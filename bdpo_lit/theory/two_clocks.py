@@ -148,7 +148,7 @@ def improve(V: Float[Tensor, "N1 S A"],  # its entry n-1 is what step n is taken
             actor: Chain | None = None,  # where to start from; needed if rate < 1
             rate: float = 1.0,  # share of the way to the maximiser, in log-probability
            ) -> Chain:
-    "Improve every step: maximise Eq. (P16), or part of the way; `ValueError`: bad rate."
+    "Improve every step by Eq. (P16), or go part of the way. `ValueError`: bad rate."
     if not 0 < rate <= 1 or (rate < 1 and actor is None):
         raise ValueError(f"rate {rate} needs (0, 1] and an actor")
     log_p = rate * (behavior.kernels.log() + V[:-1, :, None, :] / eta)
