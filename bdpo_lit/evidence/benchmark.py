@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from ..algorithm.bdpo import BDPO, BDPOConfig
 from ..algorithm.speed import (UPDATES, Batch, Fleet, PlainBDPO, accelerate,
                                       keep_memory, synthetic_batch, work)
@@ -106,16 +107,21 @@ def serve(kind: str = "less",      # as `contender`, like **size
     for name, f in ops.items():   # all compile and allocate now
         if not (fleet and name in UPDATES): f()
     ready = time.perf_counter() - start
-    usage = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    answers = dict(memory=lambda: dict(peak_rss=usage()),
-                   work=lambda: work(agents[0], batch),
-                   peak=lambda: dict(flops=matmul_peak(device)))
+    answers = _other_answers(agents[0], batch, device)
     tell = lambda x: print(json.dumps(x), flush=True)
     tell(dict(kind=kind, said=said, memory_kept=kept, seconds_to_ready=ready,
               threads=threads, **size))
     for line in sys.stdin:
         op, n = (line.split() + ["1"])[:2]
         tell(answers[op]() if op in answers else _clock(ops[op], device, int(n)))
+
+# %% ../../nbs/evidence/21_benchmark.ipynb #5978e33e
+def _other_answers(agent: BDPO, batch: Batch, device: str) -> dict[str, Callable]:
+    "What a process says of its memory, the work of its updates, and the machine."
+    usage = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return dict(memory=lambda: dict(peak_rss=usage()),
+                work=lambda: work(agent, batch),
+                peak=lambda: dict(flops=matmul_peak(device)))
 
 # %% ../../nbs/evidence/21_benchmark.ipynb #15d-010
 class Worker:
@@ -129,26 +135,31 @@ class Worker:
                                         env=os.environ | (env or {}))
         self.prefix, self.about = prefix, self._line()
 
-    def _line(self):
-        line = self.process.stdout.readline()
-        if not line:
-            command = " ".join(self.process.args)[:200]
-            raise RuntimeError(f"the contender ended early: {command}")
-        return json.loads(line)
-
-    def ask(self, request: str) -> dict:
-        "Send a request, wait for the answer; `RuntimeError` if that is an error."
-        self.process.stdin.write(request + "\n")
-        self.process.stdin.flush()
-        answer = self._line()
-        if "error" in answer: raise RuntimeError(answer["error"])
-        return answer
-
     def __enter__(self): return self
 
     def __exit__(self, *exc):
         self.process.stdin.close()
         self.process.wait()
+
+# %% ../../nbs/evidence/21_benchmark.ipynb #54e539a9
+@patch
+def _line(self: Worker) -> dict:
+    "What it says next. Raises `RuntimeError` when it has ended."
+    line = self.process.stdout.readline()
+    if not line:
+        command = " ".join(self.process.args)[:200]
+        raise RuntimeError(f"the contender ended early: {command}")
+    return json.loads(line)
+
+# %% ../../nbs/evidence/21_benchmark.ipynb #3abc45d1
+@patch
+def ask(self: Worker, request: str) -> dict:
+    "Send a request, wait for the answer; `RuntimeError` if that is an error."
+    self.process.stdin.write(request + "\n")
+    self.process.stdin.flush()
+    answer = self._line()
+    if "error" in answer: raise RuntimeError(answer["error"])
+    return answer
 
 # %% ../../nbs/evidence/21_benchmark.ipynb #bf22eec3
 def torch_worker(env: dict | None = None,  # as `Worker`
@@ -184,23 +195,24 @@ def interleave(contenders: dict[str, Worker],  # by name
     return out
 
 # %% ../../nbs/evidence/21_benchmark.ipynb #5732f00a
+def _compare(times: list[dict], base: list[dict], clock: str) -> dict[str, float]:
+    "Median and quartiles of the ratios, round by round; median seconds."
+    r = [a[clock] / b[clock] for a, b in zip(times, base)]
+    low, mid, high = (statistics.quantiles(r, n=4, method="inclusive")
+                      if len(r) > 1 else r * 3)
+    return dict(ratio=mid, low=low, high=high,
+                seconds=statistics.median(a[clock] for a in times),
+                wall=statistics.median(a["wall"] for a in times))
+
+# %% ../../nbs/evidence/21_benchmark.ipynb #d9dd96e2
 def ratios(answers: dict,       # of `interleave`
            reference: str,      # the contender to divide by
            clock: str = "cpu",  # or "wall"
           ) -> dict[str, dict[str, dict[str, float]]]:
     """Contender, operation: median and quartiles of the ratio to the reference in the
     same round, median seconds."""
-    out = {}
-    for name, ops in answers.items():
-        out[name] = {}
-        for op, times in ops.items():
-            r = [a[clock] / b[clock] for a, b in zip(times, answers[reference][op])]
-            low, mid, high = (statistics.quantiles(r, n=4, method="inclusive")
-                              if len(r) > 1 else r * 3)
-            out[name][op] = dict(ratio=mid, low=low, high=high,
-                                 seconds=statistics.median(a[clock] for a in times),
-                                 wall=statistics.median(a["wall"] for a in times))
-    return out
+    return {name: {op: _compare(times, answers[reference][op], clock)
+                   for op, times in ops.items()} for name, ops in answers.items()}
 
 # %% ../../nbs/evidence/21_benchmark.ipynb #be3bd129
 def cycle_ratio(answers: dict,       # of `interleave`
@@ -220,6 +232,10 @@ REPEATS = dict(pretrain=20, critic=1, actor=1, cycle=1, act=20)
 KNOBS = dict(steps=(5, 10, 20, 50), critics=(2, 5, 10, 20), samples=(1, 5, 10, 20),
              batch=(64, 256, 1024), width=(64, 128, 256, 512))
 
+# %% ../../nbs/evidence/21_benchmark.ipynb #3d13f0e9
+_WAYS = dict(plain=dict(kind="plain"), less=dict(kind="less"),
+             kept=dict(kind="less", memory=True), fast=dict(kind="fast", memory=True))
+
 # %% ../../nbs/evidence/21_benchmark.ipynb #15d-016
 def contest(size: str,                      # one of `SIZES`
             device: str = "cpu",            # where
@@ -229,14 +245,11 @@ def contest(size: str,                      # one of `SIZES`
             agents: Sequence[str] = (),     # of the peer
            ) -> dict:
     "The same update in all its ways, and the peer's."
-    ways = dict(plain=dict(kind="plain"), less=dict(kind="less"),
-                kept=dict(kind="less", memory=True),
-                fast=dict(kind="fast", memory=True))
     clock = "wall" if device == "cuda" or threads > 1 else "cpu"
     same, preset = dict(size=size, device=device, threads=threads), ("--preset", size)
     with ExitStack() as stack:
         ours = {name: stack.enter_context(torch_worker(**same, **options))
-                for name, options in ways.items()}
+                for name, options in _WAYS.items()}
         theirs = {f"jax {name}":
                   stack.enter_context(jax_worker(peer, name, threads, *preset))
                   for name in (agents if peer else ())}
@@ -326,6 +339,20 @@ def machine(device: str) -> dict[str, str]:
 # %% ../../nbs/evidence/21_benchmark.ipynb #21-parts
 PARTS = ("locomotion", "scaling", "seeds", "toy2d", "threads", "compile")
 
+# %% ../../nbs/evidence/21_benchmark.ipynb #86cdb33d
+def _measurements(device: str, peer: list[str] | None, agents: Sequence[str],
+                  rounds: int) -> dict[str, Callable]:
+    "How each part is measured; fewer rounds for the long ones."
+    few = max(2, rounds // 2)
+    bdpo = [a for a in agents if a == "bdpo"]   # the others compile long at N = 50
+    return dict(
+        locomotion=lambda: contest("locomotion", device, rounds, 1, peer, agents),
+        scaling=lambda: scaling(device, few, peer, agents),
+        seeds=lambda: seeds_at_once(device, rounds=max(2, rounds - 2)),
+        toy2d=lambda: contest("toy2d", device, few, 1, peer, bdpo),
+        threads=lambda: contest("locomotion", device, few, 2, peer, bdpo),
+        compile=lambda: compile_seconds(device))
+
 # %% ../../nbs/evidence/21_benchmark.ipynb #15d-022
 def bench(out: str | Path,                # JSON file, written part by part
           device: str = "cpu",            # "cpu" or "cuda"
@@ -339,16 +366,9 @@ def bench(out: str | Path,                # JSON file, written part by part
     if device != "cpu" and peer:
         print("the JAX code runs on the CPU here, so it is left out", file=sys.stderr)
         peer = None
-    path, few = Path(out), max(2, rounds // 2)
+    path = Path(out)
     result = json.loads(path.read_text()) if path.exists() else {}
-    bdpo = [a for a in agents if a == "bdpo"]   # the others compile long at N = 50
-    todo = dict(
-        locomotion=lambda: contest("locomotion", device, rounds, 1, peer, agents),
-        scaling=lambda: scaling(device, few, peer, agents),
-        seeds=lambda: seeds_at_once(device, rounds=max(2, rounds - 2)),
-        toy2d=lambda: contest("toy2d", device, few, 1, peer, bdpo),
-        threads=lambda: contest("locomotion", device, few, 2, peer, bdpo),
-        compile=lambda: compile_seconds(device))
+    todo = _measurements(device, peer, agents, rounds)
     for name in parts:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()

@@ -89,6 +89,25 @@ def evaluate(policy: Callable,   # (B, S) float32 -> (B, A), for B environments
         if own: envs.close()
     return replace(played, seed=seed, num_actions=getattr(policy, "num_actions", None))
 
+# %% ../../nbs/offline/14_evaluation.ipynb #1ef55ae5
+def _deal(playing: np.ndarray,  # the episode of each environment, changed in place
+          done: np.ndarray,     # which environments have finished
+          waiting: int,         # the next episode to start
+          episodes: int,        # how many there are
+         ) -> int:              # the next to start after these
+    "Give each finished environment the next episode, or -1 if none is left."
+    for i in np.flatnonzero(done):
+        playing[i] = waiting if waiting < episodes else -1
+        waiting += 1
+    return waiting
+
+# %% ../../nbs/offline/14_evaluation.ipynb #8d5f4158
+def _told(info: dict, live: np.ndarray) -> np.ndarray | None:
+    "The successes that the live environments report, or None if they never do."
+    told = [np.asarray(info[key], float)[live] for key in ("success", "is_success")
+            if key in info]
+    return np.maximum.reduce(told) if told else None
+
 # %% ../../nbs/offline/14_evaluation.ipynb #13-012
 MAX_STEPS = 100_000  # an episode longer than this has no time limit
 
@@ -114,22 +133,18 @@ def _play_all(policy: Callable, envs: VectorEnv, seeds: list[int], progress: boo
             obs, reward, terminated, truncated, info = envs.step(action)
             returns[now] += reward[live]
             lengths[now] += 1
-            for key in {"success", "is_success"} & set(info):
-                reports, told = True, np.asarray(info[key], float)[live]
-                success[now] = np.maximum(success[now], told)
+            if (told := _told(info, live)) is not None:
+                reports, success[now] = True, np.maximum(success[now], told)
             if lengths.max() > MAX_STEPS:
                 raise ValueError(f"an episode passed {MAX_STEPS} steps; the "
                                  "environment needs a time limit")
-            done = terminated | truncated
-            if not done.any(): continue
+            if not (done := terminated | truncated).any(): continue
             if keep:
                 last = see(obs)
                 for i in np.flatnonzero(done & live):
                     paths[playing[i]].append(last[i].copy())
             bar.update(int((done & live).sum()))
-            for i in np.flatnonzero(done):
-                playing[i] = waiting if waiting < L else -1
-                waiting += 1
+            waiting = _deal(playing, done, waiting, L)
             obs, _ = envs.reset(seed=[seeds[max(k, 0)] for k in playing],
                                 options={"reset_mask": done})
     return Evaluation(returns, lengths, success if reports else None,

@@ -28,6 +28,7 @@ import h5py
 import matplotlib.pyplot as plt
 import minari
 import numpy as np
+from fastcore.basics import patch
 from gymnasium_robotics.envs.maze.point_maze import PointMazeEnv
 from jaxtyping import Float
 from matplotlib.animation import FuncAnimation, PillowWriter
@@ -45,6 +46,8 @@ MAZE_MAP = [[1, 1, 1, 1, 1],
             [1, 1, 1, 0, 1],
             [1, "r", 0, 0, 1],
             [1, 1, 1, 1, 1]]
+
+# %% ../../nbs/offline/13_maze.ipynb #33b471f6
 CELLS = [(i, j) for i, row in enumerate(MAZE_MAP)
          for j, c in enumerate(row) if c != 1]  # free cells (row, column)
 GOAL, START = ((1, 1), (3, 1))                # the cells of g and r
@@ -83,23 +86,6 @@ class HiddenGoalMaze(gym.Env):
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
         self.action_space = self.maze.action_space
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        "Start at rest, up to a quarter of a cell from the centre of the start cell."
-        super().reset(seed=seed)
-        any_cell = self.start == "any"
-        cell = CELLS[self.np_random.integers(len(CELLS))] if any_cell else START
-        obs, _ = self.maze.reset(seed=seed, options={"reset_cell": np.array(cell)})
-        self.maze.goal = GOAL_XY.copy()  # undo the jitter
-        self.maze.update_target_site_pos()
-        success = bool(np.linalg.norm(obs["achieved_goal"] - GOAL_XY) <= GOAL_RADIUS)
-        return obs["observation"].astype(np.float32), {"success": success}
-
-    def step(self, action):
-        "One step of 0.01 s; reward 1 if it ends within the radius of the goal."
-        obs, reward, terminated, truncated, info = self.maze.step(action)
-        seen = obs["observation"].astype(np.float32)
-        return seen, float(reward), terminated, truncated, info
-
     def render(self):
         "A picture, (height, width, 3)."
         return self.maze.render()
@@ -108,11 +94,34 @@ class HiddenGoalMaze(gym.Env):
         "Free the simulator."
         self.maze.close()
 
+# %% ../../nbs/offline/13_maze.ipynb #c36c31e4
+@patch
+def reset(self: HiddenGoalMaze, *, seed: int | None = None,
+          options: dict | None = None):
+    "Start at rest, up to a quarter of a cell from the centre of the start cell."
+    gym.Env.reset(self, seed=seed)
+    any_cell = self.start == "any"
+    cell = CELLS[self.np_random.integers(len(CELLS))] if any_cell else START
+    obs, _ = self.maze.reset(seed=seed, options={"reset_cell": np.array(cell)})
+    self.maze.goal = GOAL_XY.copy()  # undo the jitter
+    self.maze.update_target_site_pos()
+    success = bool(np.linalg.norm(obs["achieved_goal"] - GOAL_XY) <= GOAL_RADIUS)
+    return obs["observation"].astype(np.float32), {"success": success}
+
+# %% ../../nbs/offline/13_maze.ipynb #a5e76a4f
+@patch
+def step(self: HiddenGoalMaze, action):
+    "One step of 0.01 s; reward 1 if it ends within the radius of the goal."
+    obs, reward, terminated, truncated, info = self.maze.step(action)
+    seen = obs["observation"].astype(np.float32)
+    return seen, float(reward), terminated, truncated, info
+
 # %% ../../nbs/offline/13_maze.ipynb #12-011
 if MAZE_ENV_ID not in gym.registry:
     gym.register(MAZE_ENV_ID, "bdpo_lit.offline.maze:HiddenGoalMaze",
                  max_episode_steps=TIME_LIMIT, disable_env_checker=True)
 
+# %% ../../nbs/offline/13_maze.ipynb #a53c7afc
 def make_maze_env(render_mode: str | None = None,  # None or "rgb_array"
                   start: str = "fixed",            # to collect: "any"
                  ) -> gym.Env:                     # truncates after 300 steps
@@ -153,19 +162,25 @@ class WaypointController:
             raise ValueError(f"goal {goal} lies in the wall cell {self.cell}; free "
                              f"cells: {CELLS}")
 
-    def act(self, x: float, y: float, vx: float, vy: float) -> tuple[float, float]:
-        "Action for one state, each component in [-1, 1]."
-        here = cell_of(x, y)
-        gx, gy = (self.goal if here == self.cell
-                  else cell_center(*self.next_cell[here, self.cell]))
-        return (_clip(self.stiffness * (gx - x) - self.damping * vx),
-                _clip(self.stiffness * (gy - y) - self.damping * vy))
+# %% ../../nbs/offline/13_maze.ipynb #66014762
+@patch
+def act(self: WaypointController, x: float, y: float, vx: float,
+        vy: float) -> tuple[float, float]:
+    "Action for one state, each component in [-1, 1]."
+    here = cell_of(x, y)
+    gx, gy = (self.goal if here == self.cell
+              else cell_center(*self.next_cell[here, self.cell]))
+    return (_clip(self.stiffness * (gx - x) - self.damping * vx),
+            _clip(self.stiffness * (gy - y) - self.damping * vy))
 
-    def __call__(self, obs: Float[np.ndarray, "B 4"],  # states
-                ) -> Float[np.ndarray, "B 2"]:         # actions
-        "The same for a batch: a policy as the next chapter's `evaluate` takes it."
-        actions = [self.act(*o) for o in np.asarray(obs).tolist()]
-        return np.array(actions, np.float32).reshape(-1, 2)
+# %% ../../nbs/offline/13_maze.ipynb #a64f5f76
+@patch
+def __call__(self: WaypointController,
+             obs: Float[np.ndarray, "B 4"],  # states
+            ) -> Float[np.ndarray, "B 2"]:   # actions
+    "The same for a batch: a policy as the next chapter's `evaluate` takes it."
+    actions = [self.act(*o) for o in np.asarray(obs).tolist()]
+    return np.array(actions, np.float32).reshape(-1, 2)
 
 # %% ../../nbs/offline/13_maze.ipynb #12-019
 def play(policy: Callable,     # (B, 4) -> (B, 2)
@@ -233,13 +248,34 @@ def maze_reference(episodes: int = 30,         # episodes per policy
     return tuple(means)
 
 # %% ../../nbs/offline/13_maze.ipynb #12-028
-REACHED = 0.3  # distance at which a driver is given another goal
-
 def _new_driver(rng: np.random.Generator) -> WaypointController:
     "A driver to a random place: a free cell, up to a quarter off its centre."
     x, y = cell_center(*CELLS[rng.integers(len(CELLS))])
     dx, dy = rng.uniform(-0.25, 0.25, 2).tolist()
     return WaypointController((x + dx, y + dy))
+
+# %% ../../nbs/offline/13_maze.ipynb #757e5c74
+REACHED = 0.3  # distance at which a driver is given another goal
+
+def _drive_episode(env: gym.Env, T: int, rng: np.random.Generator,
+                   noise: float) -> EpisodeBuffer:
+    "T steps of drivers on their way from one random goal to the next."
+    seed, driver = int(rng.integers(2**31)), _new_driver(rng)
+    jitter = rng.normal(0, noise, (T, 2)).tolist()
+    actions, rewards = np.empty((T, 2), np.float32), np.empty(T)
+    observations = [env.reset(seed=seed)[0]]
+    for t in range(T):
+        x, y, vx, vy = observations[-1].tolist()
+        if (x - driver.goal[0])**2 + (y - driver.goal[1])**2 < REACHED**2:
+            driver = _new_driver(rng)
+        ax, ay = driver.act(x, y, vx, vy)
+        actions[t] = _clip(ax + jitter[t][0]), _clip(ay + jitter[t][1])
+        obs, rewards[t], *_ = env.step(actions[t])
+        observations.append(obs)
+    return EpisodeBuffer(seed=seed, observations=np.array(observations),
+                         actions=actions, rewards=rewards,
+                         terminations=np.zeros(T, bool),
+                         truncations=np.arange(T) == T - 1)
 
 # %% ../../nbs/offline/13_maze.ipynb #849f8881
 def drive(num_steps: int,           # transitions; the last episode may be shorter
@@ -253,22 +289,7 @@ def drive(num_steps: int,           # transitions; the last episode may be short
     episodes, left = [], num_steps
     while left > 0:
         T = min(TIME_LIMIT, left)
-        episode_seed, driver = int(rng.integers(2**31)), _new_driver(rng)
-        jitter = rng.normal(0, noise, (T, 2)).tolist()
-        actions, rewards = np.empty((T, 2), np.float32), np.empty(T)
-        observations = [env.reset(seed=episode_seed)[0]]
-        for t in range(T):
-            x, y, vx, vy = observations[-1].tolist()
-            if (x - driver.goal[0])**2 + (y - driver.goal[1])**2 < REACHED**2:
-                driver = _new_driver(rng)
-            ax, ay = driver.act(x, y, vx, vy)
-            actions[t] = _clip(ax + jitter[t][0]), _clip(ay + jitter[t][1])
-            obs, rewards[t], *_ = env.step(actions[t])
-            observations.append(obs)
-        episodes.append(EpisodeBuffer(
-            seed=episode_seed, observations=np.array(observations), actions=actions,
-            rewards=rewards, terminations=np.zeros(T, bool),
-            truncations=np.arange(T) == T - 1))
+        episodes.append(_drive_episode(env, T, rng, noise))
         left -= T
         if bar is not None: bar.update(T)
     env.close()
@@ -415,6 +436,21 @@ def _mujoco_frames(states: np.ndarray) -> list[np.ndarray]:
     finally: env.close()
 
 # %% ../../nbs/offline/13_maze.ipynb #12-057
+def _film(path: Path, states: np.ndarray, color: str, fps: int):
+    "Write the states as an animated GIF, drawn by matplotlib."
+    with plt.rc_context({"figure.constrained_layout.use": False}):
+        fig = plt.figure(figsize=(2.4, 2.4), dpi=80)
+        ax = draw_maze(fig.add_axes((0, 0, 1, 1)))
+        trail, = ax.plot([], [], color=color, lw=1)
+        ball, = ax.plot([], [], "o", color=color, ms=9)
+        def show(k):
+            trail.set_data(*states[:k + 1, :2].T)
+            ball.set_data(*states[k:k + 1, :2].T)
+        film = FuncAnimation(fig, show, frames=len(states))
+        film.save(path, writer=PillowWriter(fps=fps))
+        plt.close(fig)
+
+# %% ../../nbs/offline/13_maze.ipynb #1fe847cb
 def episode_gif(path: str | Path,                       # file to write
                 trajectory: Float[np.ndarray, "T1 4"],  # observations of one episode
                 every: int = 5,                         # draw every so many steps
@@ -436,15 +472,5 @@ def episode_gif(path: str | Path,                       # file to write
         except Exception as e:
             warnings.warn(f"MuJoCo cannot render here ({type(e).__name__}); drawing "
                           "instead")
-    with plt.rc_context({"figure.constrained_layout.use": False}):
-        fig = plt.figure(figsize=(2.4, 2.4), dpi=80)
-        ax = draw_maze(fig.add_axes((0, 0, 1, 1)))
-        trail, = ax.plot([], [], color=color, lw=1)
-        ball, = ax.plot([], [], "o", color=color, ms=9)
-        def show(k):
-            trail.set_data(*states[:k + 1, :2].T)
-            ball.set_data(*states[k:k + 1, :2].T)
-        film = FuncAnimation(fig, show, frames=len(states))
-        film.save(path, writer=PillowWriter(fps=fps))
-        plt.close(fig)
+    _film(path, states, color, fps)
     return path

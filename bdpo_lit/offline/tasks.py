@@ -17,12 +17,14 @@ from pathlib import Path
 import gymnasium as gym
 import minari
 import numpy as np
+from fastcore.basics import patch
 from gymnasium.envs.mujoco import ant_v4
 from gymnasium.envs.registration import EnvSpec
 from gymnasium_robotics.envs.maze import maps
 from ..algorithm.bdpo import BDPO, BDPOConfig
 from .data import D4RL_TASKS
-from .evaluation import bootstrap_interval, evaluate, normalized_score
+from .evaluation import (Evaluation, bootstrap_interval, evaluate,
+                                         normalized_score)
 import bdpo_lit.offline.maze  # noqa: F401, it registers an environment
 from .training import (RunError, TrainConfig, load_agent,
                                        load_checkpoint, read_config)
@@ -43,6 +45,7 @@ _ETA_RHO = {  # Table 4: price per nat, pessimism
     "antmaze-umaze": (0.5, 0.8), "antmaze-medium": (0.2, 0.8),
     "antmaze-large": (1.0, 0.8)}
 
+# %% ../../nbs/offline/16_tasks.ipynb #c7fbcd9a
 def _d4rl(name: str) -> Task:
     "Tables 3 and 4 for one task."
     family = next(f for f in _ETA_RHO if name.startswith(f))
@@ -70,6 +73,7 @@ _NAMES = (*(f"{body}-medium{kind}-v2" for body in _BODIES for kind in _DATA),
           *(f"antmaze-{paths}-v0" for paths in _PATHS))
 TASKS = {name: _d4rl(name) for name in _NAMES}
 
+# %% ../../nbs/offline/16_tasks.ipynb #3a1c7562
 def d4rl_task(name: str,  # such as "hopper-medium-v2", or the -v2 of an antmaze
              ) -> Task:
     """The paper's settings for one of D4RL's tasks. Raises `RunError` for others.
@@ -179,14 +183,19 @@ def judge_run(run_dir: str | Path,     # directory of a run
         _check_sizes(make_env, agent, run_dir)
         policy = agent.policy(how, num, seed=seed)
         played = evaluate(policy, make_env, episodes, seed, progress)
-        numbers = {"return": played.returns}
-        if played.success is not None: numbers["success"] = played.success
-        if None not in refs: numbers["score"] = normalized_score(played.returns, *refs)
-        results[which] = dict(step=step, returns=played.returns.tolist())
-        results[which] |= {k: _spread(x) for k, x in numbers.items()}
+        results[which] = dict(step=step) | _earned(played, refs)
     return dict(env=where, env_id=make_env.spec.id, episodes=episodes, seed=seed,
                 how=how, num_actions=num, ref_min_score=refs[0], ref_max_score=refs[1],
                 **results)
+
+# %% ../../nbs/offline/16_tasks.ipynb #bbb10810
+def _earned(played: Evaluation, refs: tuple) -> dict:
+    "Returns, and their spread; that of success and score where they are known."
+    numbers = {"return": played.returns}
+    if played.success is not None: numbers["success"] = played.success
+    if None not in refs: numbers["score"] = normalized_score(played.returns, *refs)
+    return dict(returns=played.returns.tolist()) | {k: _spread(x)
+                                                    for k, x in numbers.items()}
 
 # %% ../../nbs/offline/16_tasks.ipynb #4c51c808
 def _spread(x: np.ndarray) -> dict[str, float | None]:
@@ -213,6 +222,7 @@ _MAZES = {  # size: (walls, cell of the goal, steps); the start is cell (1, 1)
     "large": (maps.LARGE_MAZE, (7, 9), 1000)}
 CELL = 4.0  # side of a cell, in metres
 
+# %% ../../nbs/offline/16_tasks.ipynb #4091fbeb
 class AntMaze(gym.Env):
     """D4RL's antmaze: observation (29 numbers) without the goal, reward 1 within 0.5 of
     it, and the end."""
@@ -235,24 +245,28 @@ class AntMaze(gym.Env):
         self.observation_space = self.ant.observation_space
         self.action_space = self.ant.action_space
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        "Near the origin; the goal is drawn within its cell, for every episode."
-        super().reset(seed=seed)
-        jitter = (self.np_random.uniform(0, CELL / 4, 2)
-                  + self.np_random.uniform(0, CELL / 8, 2))
-        self.goal = self.goal_cell + jitter
-        own = int(self.np_random.integers(2**31))  # not the seed of the goal
-        obs, _ = self.ant.reset(seed=own)
-        return obs, {"success": False}
-
-    def step(self, action):
-        "A tenth of a second."
-        obs, *_ = self.ant.step(action)
-        there = bool(np.linalg.norm(obs[:2] - self.goal) <= 0.5)
-        return obs, float(there), there, False, {"success": there}
-
     def render(self): return self.ant.render()
     def close(self): self.ant.close()
+
+# %% ../../nbs/offline/16_tasks.ipynb #71a53ca8
+@patch
+def reset(self: AntMaze, *, seed: int | None = None, options: dict | None = None):
+    "Near the origin; the goal is drawn within its cell, for every episode."
+    gym.Env.reset(self, seed=seed)
+    jitter = (self.np_random.uniform(0, CELL / 4, 2)
+              + self.np_random.uniform(0, CELL / 8, 2))
+    self.goal = self.goal_cell + jitter
+    own = int(self.np_random.integers(2**31))  # not the seed of the goal
+    obs, _ = self.ant.reset(seed=own)
+    return obs, {"success": False}
+
+# %% ../../nbs/offline/16_tasks.ipynb #2f7ab24a
+@patch
+def step(self: AntMaze, action):
+    "A tenth of a second."
+    obs, *_ = self.ant.step(action)
+    there = bool(np.linalg.norm(obs[:2] - self.goal) <= 0.5)
+    return obs, float(there), there, False, {"success": there}
 
 # %% ../../nbs/offline/16_tasks.ipynb #e4332810
 def _ant_xml(walls: list[list[int]]) -> ET.ElementTree:
