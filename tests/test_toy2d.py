@@ -25,6 +25,7 @@ from bdpo_lit.evidence.toy2d import (
     guide_contrastive,
     guide_dac,
     improve,
+    landscape,
     make_bandit,
     noise_fn,
     pretrain,
@@ -337,6 +338,8 @@ def test_everything_measured_comes_from_slow_copies(monkeypatch):
     assert all(math.isfinite(c["energy_distance"]) for c in numbers["closeness"].values())
     assert all(math.isfinite(v["learnt"]) for v in numbers["value"].values())
     assert all(np.isfinite(x.astype(float)).all() for x in arrays.values())
+    agent = blank(pretrain(few()[0], TINY, progress=False))
+    assert all(landscape(agent, n).isfinite().all() for n in (0, 2, 4))
 
 
 def test_rivals_start_from_what_was_learnt_before_bdpo_improved_on_it(monkeypatch):

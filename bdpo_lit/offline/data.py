@@ -342,6 +342,24 @@ def _build(arrays: dict[str, np.ndarray], meta: dict, clip_outside: bool,
     return Transitions(**tensors, meta=meta)
 
 # %% ../../nbs/offline/12_data.ipynb #12-030
+def _not_found(dataset_id: str, folder: Path) -> DataError:
+    "What to say of a set that is not on disk: names like it, and where to get it."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about other, half-written sets
+        local = list(minari.list_local_datasets())
+    near = difflib.get_close_matches(dataset_id, [*local, *D4RL_TASKS], 3, 0.4)
+    lines = [f"data set '{dataset_id}' not found: there is no {folder}"]
+    if near: lines.append(f"  did you mean: {', '.join(near)}")
+    lines.append(f"  local data sets: {', '.join(local) or 'none'}")
+    if dataset_id.startswith("bdpo/"):
+        lines.append("  bdpo collect maze|halfcheetah makes the book's own data")
+    else:
+        lines.append("  download=True (--download) fetches a set that Minari "
+                     "hosts; a file in D4RL's layout is given by its path, which "
+                     "ends in .hdf5 or .h5")
+    return DataError("\n".join(lines))
+
+# %% ../../nbs/offline/12_data.ipynb #18a13e9d
 def _open_minari(dataset_id: str, download: bool) -> minari.MinariDataset:
     "The Minari data set; every fault is a `DataError` of a few lines."
     what = f"data set '{dataset_id}'"
@@ -349,20 +367,7 @@ def _open_minari(dataset_id: str, download: bool) -> minari.MinariDataset:
         folder = minari.storage.get_dataset_path(dataset_id)
         return minari.load_dataset(dataset_id, download=download)
     except FileNotFoundError:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about other, half-written sets
-            local = list(minari.list_local_datasets())
-        near = difflib.get_close_matches(dataset_id, [*local, *D4RL_TASKS], 3, 0.4)
-        lines = [f"{what} not found: there is no {folder}"]
-        if near: lines.append(f"  did you mean: {', '.join(near)}")
-        lines.append(f"  local data sets: {', '.join(local) or 'none'}")
-        if dataset_id.startswith("bdpo/"):
-            lines.append("  bdpo collect maze|halfcheetah makes the book's own data")
-        else:
-            lines.append("  download=True (--download) fetches a set that Minari "
-                         "hosts; a file in D4RL's layout is given by its path, which "
-                         "ends in .hdf5 or .h5")
-        raise DataError("\n".join(lines)) from None
+        raise _not_found(dataset_id, folder) from None
     except ImportError as e:
         raise DataError(f"{what} is not in {folder}, and downloading needs one more "
                         f"package: {e}") from None
@@ -393,28 +398,32 @@ def _minari_episode(k: int, episode, space: gym.Space,
                 next_obs=obs[1:], terminal=raw["terminations"], episode=np.full(T, k))
 
 # %% ../../nbs/offline/12_data.ipynb #12-033
-def load_minari(dataset_id: str,             # e.g. "D4RL/antmaze/umaze-v1"
-                download: bool = False,      # fetch it if it is not on disk
-                clip_outside: bool = False,  # pull in actions out of bounds, no error
-               ) -> Transitions:             # on the CPU
-    "Load a Minari data set; time-outs keep their successor, not terminal. `DataError`."
-    dataset = _open_minari(dataset_id, download)
-    source = f"Minari data set '{dataset_id}'"
-    space, action_space = dataset.observation_space, dataset.action_space
-    _check_space(space, "observation", source)
-    _check_space(action_space, "action", source)
+def _minari_arrays(dataset: minari.MinariDataset, source: str) -> dict[str, np.ndarray]:
+    "All episodes of a Minari data set, one after another; else `DataError`."
     try:
-        parts = [_minari_episode(k, e, space, source)
+        parts = [_minari_episode(k, e, dataset.observation_space, source)
                  for k, e in enumerate(dataset.iterate_episodes()) if len(e.rewards)]
     except (OSError, KeyError) as e:
         raise DataError(f"{source}: the data in {dataset.storage.data_path} are "
                         f"damaged ({str(e)[:200]}); get them again") from None
     if not parts:
         raise DataError(f"{source}: found 0 transitions; at least 2 are needed")
-    try: arrays = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+    try: return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
     except ValueError as e:
         raise DataError(f"{source}: episodes differ in shape ({e}); they must "
                         "agree") from None
+
+# %% ../../nbs/offline/12_data.ipynb #f80ce8d5
+def load_minari(dataset_id: str,             # e.g. "D4RL/antmaze/umaze-v1"
+                download: bool = False,      # fetch it if it is not on disk
+                clip_outside: bool = False,  # pull in actions out of bounds, no error
+               ) -> Transitions:             # on the CPU
+    "Load a Minari data set; time-outs keep their successor, not terminal. `DataError`."
+    dataset = _open_minari(dataset_id, download)
+    source, action_space = f"Minari data set '{dataset_id}'", dataset.action_space
+    _check_space(dataset.observation_space, "observation", source)
+    _check_space(action_space, "action", source)
+    arrays = _minari_arrays(dataset, source)
     stored, spec = dataset.storage.metadata, dataset.env_spec
     meta = dict(id=dataset_id, source=source, env_id=spec.id if spec else None,
                 ref_min_score=stored.get("ref_min_score"),
@@ -756,15 +765,8 @@ def summary(transitions: Transitions,  # a data set
                 action_abs_max=float(t.action.abs().max()))
 
 # %% ../../nbs/offline/12_data.ipynb #12-094
-def describe(transitions: Transitions,           # a data set
-             coords: tuple[int, int] = (0, 1),   # observations for the map of coverage
-            ) -> Figure:                         # also shown as the output of a cell
-    "Print `summary`, draw four pictures. `ValueError` on coords that do not exist."
-    t, (i, j) = transitions, coords
-    if not 0 <= min(coords) <= max(coords) < t.obs_dim:
-        raise ValueError(f"coords must be two of 0 to {t.obs_dim - 1}, got {coords}")
-    for name, x in summary(t).items():
-        print(f"{name:>14s}  {f'{x:.4g}' if isinstance(x, float) else x}")
+def _four_pictures(t: Transitions, i: int, j: int) -> Figure:
+    "Returns, lengths, coverage of two observations, actions."
     lengths = torch.unique_consecutive(t.episode, return_counts=True)[1].cpu()
     obs, action = t.obs[:, [i, j]].cpu(), t.action.cpu()
     use_style()
@@ -781,3 +783,15 @@ def describe(transitions: Transitions,           # a data set
     for a, (x, y) in zip(ax, labels): a.set(xlabel=x, ylabel=y)
     plt.close(fig)  # a cell shows what it returns; not twice
     return fig
+
+# %% ../../nbs/offline/12_data.ipynb #287a0724
+def describe(transitions: Transitions,           # a data set
+             coords: tuple[int, int] = (0, 1),   # observations for the map of coverage
+            ) -> Figure:                         # also shown as the output of a cell
+    "Print `summary`, draw four pictures. `ValueError` on coords that do not exist."
+    t, (i, j) = transitions, coords
+    if not 0 <= min(coords) <= max(coords) < t.obs_dim:
+        raise ValueError(f"coords must be two of 0 to {t.obs_dim - 1}, got {coords}")
+    for name, x in summary(t).items():
+        print(f"{name:>14s}  {f'{x:.4g}' if isinstance(x, float) else x}")
+    return _four_pictures(t, i, j)

@@ -107,6 +107,7 @@ def _save(figure, path: Path):
 # %% ../../nbs/reference/22_command_line.ipynb #82ab9f54
 EMBEDDED = ("maze", "maze-long", "halfcheetah")
 
+# %% ../../nbs/reference/22_command_line.ipynb #df9d10b8
 def find_task(name: str):  # of a preset
     "The `Task` of that name. Raises `RunError` if there is none."
     from bdpo_lit.offline.tasks import TASKS, Task, d4rl_task, no_task
@@ -168,38 +169,49 @@ def _train_command(args: list[str]) -> type[Train]:
     Full.__doc__ = Train.__doc__
     return Full
 
-# %% ../../nbs/reference/22_command_line.ipynb #2ecd323b
-def open_run(command: Train):  # with `train` and `algorithm`
-    """Load the data, scale the rewards, find the environment; the `Training`, ready to
-    run."""
-    import minari
-    from bdpo_lit.offline.data import D4RL_TASKS, reference_scores, scale_reward
-    from bdpo_lit.offline.tasks import d4rl_task, env_maker, recorded_env
-    from bdpo_lit.offline.training import RunError, Training
-    c, short = command, dict(seed=command.seed, compile=command.compile)
-    config = replace(c.train, **{k: x for k, x in short.items() if x is not None})
-    if c.task: task = find_task(c.task)
-    elif not c.data:
+# %% ../../nbs/reference/22_command_line.ipynb #dd21a3bb
+def _task_of(command: Train):
+    "The task that is named, by itself or as data; None if there is none."
+    from bdpo_lit.offline.data import D4RL_TASKS
+    from bdpo_lit.offline.tasks import d4rl_task
+    from bdpo_lit.offline.training import RunError
+    c = command
+    if c.task: return find_task(c.task)
+    if not c.data:
         raise RunError("what shall be learnt? Give --task NAME or --data PATH_OR_ID")
-    else: task = d4rl_task(c.data) if c.data in D4RL_TASKS else None
+    return d4rl_task(c.data) if c.data in D4RL_TASKS else None
 
-    # where to play, if that is known before the data are
-    source, env = c.data or task.data, c.env or (task.env if task else None)
-    is_file, asks = source.endswith((".hdf5", ".h5")), env != "none"
-    make_env = env_maker(env) if env and asks else None
-
-    # the data, and what a task knows of them
-    known, meta = D4RL_TASKS.get(task.data) if task else None, {}
+# %% ../../nbs/reference/22_command_line.ipynb #e0f21d4f
+def _data_of(command: Train, task, source: str, make_env):
+    "The data set, made here if it is the book's own; a task knows scores and limit."
+    import minari
+    from bdpo_lit.offline.data import D4RL_TASKS, reference_scores
+    c, meta, limit = command, {}, command.max_episode_steps
+    known = D4RL_TASKS.get(task.data) if task else None
     if known:
         low, high = reference_scores(task.data)
         meta = dict(ref_min_score=low, ref_max_score=high, id=task.data)
-    limit = c.max_episode_steps
     if limit is None and known: limit = known.max_episode_steps
     elif limit is None and make_env: limit = make_env.spec.max_episode_steps
     embedded = c.task in EMBEDDED and not c.data
     if embedded and not minari.storage.get_dataset_path(source).exists():
         _collect(c.task.removesuffix("-long"))
-    data = _load(source, limit, c.download, c.clip_outside, **meta)
+    return _load(source, limit, c.download, c.clip_outside, **meta)
+
+# %% ../../nbs/reference/22_command_line.ipynb #2ecd323b
+def open_run(command: Train):  # with `train` and `algorithm`
+    """Load the data, scale the rewards, find the environment; the `Training`, ready to
+    run."""
+    from bdpo_lit.offline.data import scale_reward
+    from bdpo_lit.offline.tasks import env_maker, recorded_env
+    from bdpo_lit.offline.training import Training
+    c, short = command, dict(seed=command.seed, compile=command.compile)
+    config = replace(c.train, **{k: x for k, x in short.items() if x is not None})
+    task = _task_of(c)
+    source, env = c.data or task.data, c.env or (task.env if task else None)
+    is_file, asks = source.endswith((".hdf5", ".h5")), env != "none"
+    make_env = env_maker(env) if env and asks else None
+    data = _data_of(c, task, source, make_env)
     if not env and not is_file: env = recorded_env(source)
     if asks and env and make_env is None: make_env = env_maker(env, from_file=True)
 
@@ -213,10 +225,21 @@ def open_run(command: Train):  # with `train` and `algorithm`
 # %% ../../nbs/reference/22_command_line.ipynb #cf9c2f33
 def train(command: Train):
     "Run it behind a bar, from where it is to its end or to Ctrl-C."
-    from bdpo_lit.algorithm.speed import keep_memory
-    from bdpo_lit.offline.training import comparable, watch
+    from bdpo_lit.offline.training import watch
     if command.threads is not None: _use_threads(command.threads)
     run = open_run(command)
+    _announce(run)
+    watch(run)
+    if not run.finished:
+        print(f"Stopped. The run is kept in {run.dir}; the same command goes on with "
+              f"it.")
+        raise SystemExit(130)
+    _conclude(run)
+
+# %% ../../nbs/reference/22_command_line.ipynb #7b59e685
+def _announce(run):
+    "Say what is about to be made."
+    from bdpo_lit.algorithm.speed import keep_memory
     if run.config.compile != "off":
         kept = ", memory kept" if keep_memory() else ""
         print(f"updates: {run.accelerated}{kept}")
@@ -233,17 +256,17 @@ def train(command: Train):
         print(f"note: the actor starts after {a.warmup_steps} updates "
               f"(--algorithm.warmup-steps), but only {c.train_steps} are asked for: "
               f"it will stay the clone it starts as")
-    watch(run)
-    if not run.finished:
-        print(f"Stopped. The run is kept in {run.dir}; the same command goes on with "
-              f"it.")
-        raise SystemExit(130)
+
+# %% ../../nbs/reference/22_command_line.ipynb #38e6cc06
+def _conclude(run):
+    "Say how it ended."
+    from bdpo_lit.offline.training import comparable
     if run.evaluations:
         last = run.evaluations[-1]
         name = "score" if "score" in last else "return"
         best = max(comparable(run.evaluations), key=lambda e: e["return"])
         print(f"{name}: last {last[name]:.1f}, best {best[name]:.1f} "
-              f"(update {best['step']}), {c.eval_episodes} episodes each")
+              f"(update {best['step']}), {run.config.eval_episodes} episodes each")
     env = "" if run.make_env else " --env ..."
     print(f"Finished: {len(run.warnings)} warnings. Next: bdpo evaluate {run.dir}{env}")
 
@@ -285,9 +308,18 @@ def evaluate_run(command: Evaluate):
         raise RunError(f"the video is a .gif, got {c.video}")
     result = judge_run(c.run, c.episodes, c.seed, c.how, c.num_actions, c.env, c.device,
                        progress=True)
+    _print_results(c.run, result)
+    file = append_json(c.run / "evaluation.json",
+                       result | dict(provenance=provenance()))
+    print(f"noted in {file}")
+    if c.video: _film(c.video, c.run, result, c.device)
+
+# %% ../../nbs/reference/22_command_line.ipynb #9a64d8e5
+def _print_results(run: Path, result: dict):
+    "How it was played, and a row for each policy."
     choice = ("one action" if result["how"] == "sample" else
               f"{result['how']} of {result['num_actions']} actions by Q")
-    print(f"{c.run}: {result['episodes']} episodes in {result['env_id']} from seed "
+    print(f"{run}: {result['episodes']} episodes in {result['env_id']} from seed "
           f"{result['seed']}, {choice} per decision")
 
     names = [k for k in ("score", "return", "success") if k in result["last"]]
@@ -302,10 +334,6 @@ def evaluate_run(command: Evaluate):
             continue
         cells = " ".join(cell(**r[n]) for n in names)
         print(f"{which:>8s} {r['step']:9d} {cells}")
-    file = append_json(c.run / "evaluation.json",
-                       result | dict(provenance=provenance()))
-    print(f"noted in {file}")
-    if c.video: _film(c.video, c.run, result, c.device)
 
 # %% ../../nbs/reference/22_command_line.ipynb #70077536
 def _film(path: Path, run: Path, result: dict, device: str):
@@ -361,6 +389,7 @@ class Toy2d:
 COMMANDS = dict(demo=Demo, collect=Collect, describe=Describe, train=Train,
                 evaluate=Evaluate, plot=Plot, toy2d=Toy2d)
 
+# %% ../../nbs/reference/22_command_line.ipynb #0feca06d
 def main(args: list[str] | None = None,  # after `bdpo`; None: of the command line
         ):
     "Entry point of the `bdpo` command."

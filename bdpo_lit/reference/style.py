@@ -44,10 +44,12 @@ def use_style():
         "animation.embed_limit": 8})
 
 # %% ../../nbs/reference/27_style.ipynb #b4fb19ed
-def table(head: list,  # names of the columns
-          rows: list,  # lists of cells; numbers come formatted
+def table(head: list,        # names of the columns
+          rows: list,        # lists of cells
+          form: str = "{}",  # how cells after the first of a row are written
          ) -> Markdown:
     "A table: the first column to the left, the others to the right."
+    rows = [[row[0], *map(form.format, row[1:])] for row in rows]
     rule = [":--"] + ["--:"] * (len(head) - 1)
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, rule, *rows)]
     return Markdown("\n".join(lines))
