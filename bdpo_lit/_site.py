@@ -152,9 +152,9 @@ class Page(Processor):
         body = ast.parse(re.sub(r"(?m)^\s*[!%].*$", "pass", cell.source)).body
         if body and all(isinstance(s, ast.Import | ast.ImportFrom) for s in body) and "code-fold" not in cell.source:
             cell.source = '#| code-fold: true\n#| code-summary: "Imports"\n' + cell.source
-        names = defined(cell.source) if exported else []
-        anchors = " ".join(f'[API]({self.up}api/{self.homes[n]}.qmd#{n}){{#{n} .api title="{n}"}}'
-                           for n in names if n in self.homes and not private(n))
+        names = [n for n in defined(cell.source) if not private(n)] if exported else []
+        page = f"{self.up}api/{self.path.parent.name}.{self.path.stem[3:]}.qmd"
+        anchors = " ".join(f'[API]({page}#{n}){{#{n} .api title="{n}"}}' for n in names)
         return [mk_cell(f"::: {{.api-line}}\n{anchors}\n:::", "markdown"), cell] if anchors else [cell]
 
     def output(self, out, cell):
@@ -219,7 +219,7 @@ def equations() -> dict[int, dict]:
                 for anchor, p in re.findall(r'<a id="([\w-]+)"></a>\s*\$\$(?:(?!\$\$).)*?\\tag\{P(\d+)\}', text, re.S):
                     found[int(p)]["shown"].append((number, f"{where}#{anchor}"))
             elif re.search(r"(?m)^#\|\s*export\b", text):
-                for name in defined(text):
+                for name in (n for n in defined(text) if not private(n)):
                     for p in {int(p) for p in re.findall(r"\(P(\d+)\)", text)}:
                         found[p]["functions"].append((name, f"{where}#{name}"))
                         called = re.compile(rf"\b{re.escape(name.split('.')[-1])}\(")

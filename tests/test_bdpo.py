@@ -14,7 +14,8 @@ NAMES = "behavior", "actor", "q", "v"
 TINY = dict(num_critics=3, num_samples=4, actor_hidden=(16, 16), critic_hidden=(16, 16), time_dim=8, ema=0.3,
             warmup_steps=4, actor_every=2, actor_lr=3e-3, actor_decay_steps=5, critic_decay_steps=11)
 CASES = {
-    "locomotion": {}, "antmaze": dict(max_q=True, q_layer_norm=True, rho=0.5, eta=20.0, actor_lr=0.03), "ddim": dict(solver="ddim", eta=2.0),
+    "locomotion": {}, "ddim": dict(solver="ddim", eta=2.0),
+    "antmaze": dict(max_q=True, q_layer_norm=True, rho=0.5, eta=20.0, actor_lr=0.03),
     "unclipped": dict(clip=None, v_layer_norm=False), "averages": dict(rho=0.0, num_steps=1, num_critics=1),
 }
 
@@ -164,7 +165,8 @@ def test_metrics_are_what_they_are_called():
                 "q/penalty": ((free - paid) / agent.config.gamma / agent.config.eta).mean(),
                 "v/penalty": plain.penalty(eps, nu, z["n"]).mean()}
     assert found.keys() == expected.keys()
-    for name, x in expected.items(): torch.testing.assert_close(found[name], x.detach(), rtol=1e-9, atol=1e-12, msg=name)
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x.detach(), rtol=1e-9, atol=1e-12, msg=name)
     a = agent.draw(b, "actor")
     x = plain.noised(b.action, a["n"], a["eps"])
     loss, found = agent.policy_loss(b, **a)

@@ -1,4 +1,4 @@
-"""Chapter 2, against independent forms: PyTorch's mixture in the plane, moments of draws, Bayes' rule, both sides of a box."""
+"""Chapter 2, against independent forms: PyTorch's mixture, moments of draws, Bayes' rule, both sides of a box."""
 import pytest
 import torch
 from hypothesis import given, settings
@@ -109,7 +109,8 @@ def test_a_box_has_two_sides(n, clip, seed):
     "DDIM clips its result to [-clip, clip], all of it; sign flips go through."
     x, eps = 3 * torch.randn(2, 50, 2, generator=gen(seed), **F64)
     plain, boxed = ddim_step(x, eps, n, S5), ddim_step(x, eps, n, S5, clip)
-    assert torch.equal(boxed, torch.minimum(torch.maximum(plain, torch.tensor(-clip, **F64)), torch.tensor(clip, **F64)))
+    low, high = torch.tensor(-clip, **F64), torch.tensor(clip, **F64)
+    assert torch.equal(boxed, torch.minimum(torch.maximum(plain, low), high))
     assert boxed.min() == -clip and boxed.max() == clip and boxed.unique().numel() > 2
     for step in (ddim_step, reverse_mean): close(step(-x, -eps, n, S5, clip), -step(x, eps, n, S5, clip))
 

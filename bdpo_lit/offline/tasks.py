@@ -148,6 +148,15 @@ def recorded_env(dataset_id: str,  # of a Minari data set on disk
     stored = minari.load_dataset(dataset_id).storage.metadata
     return stored.get("eval_env_spec") or stored.get("env_spec")
 
+# %% ../../nbs/offline/16_tasks.ipynb #0ea5d19b
+def _judged_in(run_dir: str | Path, about: dict, env: str | None):
+    "The environment's name, now or by whoever trained, and what builds it."
+    named = env or about.get("env")
+    if not (where := named or about.get("env_id")):
+        raise RunError(f"{run_dir} does not say where its policies play; give an "
+                       f"environment (--env)")
+    return where, env_maker(where, from_file=not named)
+
 # %% ../../nbs/offline/16_tasks.ipynb #626f970c
 def judge_run(run_dir: str | Path,     # directory of a run
               episodes: int = 20,      # for each policy
@@ -161,11 +170,8 @@ def judge_run(run_dir: str | Path,     # directory of a run
     "Play the last and the best policy of a run. Raises `RunError`."
     config = read_config(run_dir)
     about, train = config["about"], config["train"]
-    named = env or about.get("env")  # now, or by whoever trained
-    if not (where := named or about.get("env_id")):
-        raise RunError(f"{run_dir} does not say where its policies play; give an "
-                       f"environment (--env)")
-    make_env, how = env_maker(where, from_file=not named), how or train["how"]
+    where, make_env = _judged_in(run_dir, about, env)
+    how = how or train["how"]
     # one sample has no candidates
     num = 1 if how == "sample" else num_actions or train["num_actions"]
     refs = about.get("ref_min_score"), about.get("ref_max_score")

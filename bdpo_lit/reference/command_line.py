@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 import tyro
+from fastcore.basics import patch
 from tyro.conf import Positional
 
 # %% ../../nbs/reference/22_command_line.ipynb #e4e0f5c6
@@ -79,11 +80,13 @@ class Describe:
     download: bool = False      # fetch a Minari data set that is not on disk
     clip_outside: bool = False  # pull in actions beyond their bounds, do not refuse
 
-    def __call__(self):
-        from bdpo_lit.offline.data import describe
-        figure = describe(_load(self.data, self.max_episode_steps, self.download,
-                                self.clip_outside))
-        if self.out: _save(figure, self.out)
+# %% ../../nbs/reference/22_command_line.ipynb #cf0e220c
+@patch
+def __call__(self: Describe):
+    from bdpo_lit.offline.data import describe
+    figure = describe(_load(self.data, self.max_episode_steps, self.download,
+                            self.clip_outside))
+    if self.out: _save(figure, self.out)
 
 # %% ../../nbs/reference/22_command_line.ipynb #a1fe5a37
 def _load(source: str, max_episode_steps: int | None, download: bool,
@@ -110,19 +113,24 @@ EMBEDDED = ("maze", "maze-long", "halfcheetah")
 # %% ../../nbs/reference/22_command_line.ipynb #df9d10b8
 def find_task(name: str):  # of a preset
     "The `Task` of that name. Raises `RunError` if there is none."
-    from bdpo_lit.offline.tasks import TASKS, Task, d4rl_task, no_task
+    from bdpo_lit.offline.tasks import TASKS, d4rl_task, no_task
     from bdpo_lit.offline.training import RunError
     if name == "halfcheetah":
         from bdpo_lit.evidence.cheetah import PRESET
         return PRESET
-    if name in EMBEDDED:
-        from bdpo_lit.evidence.demo import PRESETS
-        from bdpo_lit.offline.maze import MAZE_ENV_ID, MAZE_ID
-        preset = PRESETS["long" if name == "maze-long" else "short"]
-        return Task(preset.train, preset.algorithm, "none",
-                    f"bdpo_lit.offline.maze:{MAZE_ENV_ID}", MAZE_ID)
+    if name in EMBEDDED: return _maze_task(name)
     try: return d4rl_task(name)
     except RunError: raise no_task(name, [*TASKS, *EMBEDDED]) from None
+
+# %% ../../nbs/reference/22_command_line.ipynb #4d1c76db
+def _maze_task(name: str):
+    "A preset of the maze, as a task."
+    from bdpo_lit.evidence.demo import PRESETS
+    from bdpo_lit.offline.maze import MAZE_ENV_ID, MAZE_ID
+    from bdpo_lit.offline.tasks import Task
+    preset = PRESETS["long" if name == "maze-long" else "short"]
+    return Task(preset.train, preset.algorithm, "none",
+                f"bdpo_lit.offline.maze:{MAZE_ENV_ID}", MAZE_ID)
 
 # %% ../../nbs/reference/22_command_line.ipynb #a1a071c3
 @dataclass
@@ -375,15 +383,16 @@ class Toy2d:
     folder: Path = Path("runs/toy2d") # where the results go
     threads: int = 1                  # of torch on the CPU
 
-    def __call__(self):
-        _use_threads(self.threads)
-        from bdpo_lit.evidence.toy2d import toy
-        from bdpo_lit.offline.training import pick_device
-        # a clear error, before any work; so with the folder
-        device = str(pick_device(self.device))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        toy(self.task, self.eta, self.seed, self.preset, device, self.compare,
-            self.folder)
+# %% ../../nbs/reference/22_command_line.ipynb #3af3566c
+@patch
+def __call__(self: Toy2d):
+    _use_threads(self.threads)
+    from bdpo_lit.evidence.toy2d import toy
+    from bdpo_lit.offline.training import pick_device
+    device = str(pick_device(self.device))
+    self.folder.mkdir(parents=True, exist_ok=True)
+    toy(self.task, self.eta, self.seed, self.preset, device, self.compare,
+        self.folder)
 
 # %% ../../nbs/reference/22_command_line.ipynb #3becee45
 COMMANDS = dict(demo=Demo, collect=Collect, describe=Describe, train=Train,
