@@ -162,8 +162,9 @@ class Page(Processor):
         data = out.get("data", {})
         if "text/markdown" in data: data["text/markdown"] = tables("".join(data["text/markdown"]))
         if "image/png" in data: out["data"] = {k: v for k, v in data.items() if k in ("image/png", "text/plain")}
-        if "text/html" in data and (alt := re.search(r'fig-alt: "(.*)"', cell.source)):
-            html = re.sub(r"<img (?![^>]*alt=)", f'<img alt="{alt[1]}" ', "".join(data["text/html"]))
+        if "text/html" in data:
+            alt = re.search(r'fig-alt: "(.*)"', cell.source)
+            html = re.sub(r"<img (?![^>]*alt=)", f'<img alt="{alt[1] if alt else ""}" ', "".join(data["text/html"]))
             data["text/html"] = html.replace('class="anim-slider"', 'class="anim-slider" aria-label="frame"')
         return out
 
@@ -292,6 +293,20 @@ def anchor_404(page: Path):
     page.write_text(text.replace("<head>", f'<head>\n<base href="{root}">', 1))
 
 
+def llms() -> str:
+    "The book for programs that read: every page with its address and what it is about, in reading order."
+    site = (NBS / "_quarto.yml").read_text()
+    url, about = re.search(r"site-url: (\S+)", site)[1], re.search(r'description: "(.*)"', site)[1]
+    out = [f"# BDPO, read and run\n\n> {about}\n"]
+    for part, title in PARTS.items():
+        out.append(f"## {title}\n")
+        for path in (p for p in chapters() if p.parent.name == part):
+            name, _, description, *_ = "".join(json.loads(path.read_text())["cells"][0]["source"]).splitlines()
+            out.append(f"- [{name.lstrip('# ')}]({url}{part}/{path.stem[3:]}.html): {description.lstrip('> ')}")
+        out.append("")
+    return "\n".join([*out, f"## API\n\n- [All modules]({url}api/index.html)\n"])
+
+
 def main() -> int:
     """Build _docs/. A warning of Quarto's is a failure. `--index` only writes the index of equations and the
     list of sources, `--stage` the pages."""
@@ -305,6 +320,7 @@ def main() -> int:
     shutil.rmtree(docs, ignore_errors=True)
     if (staged / "_docs").exists(): shutil.move(staged / "_docs", docs)
     anchor_404(docs / "404.html")
+    (docs / "llms.txt").write_text(llms())
     warned = [line for line in run.stdout.splitlines() if "WARN" in line]
     return run.returncode or bool(warned)
 
