@@ -41,7 +41,7 @@ bench: $(READY) ## measure speed, half an hour; FLOWRL=clone-of-flow-rl adds the
 	.venv-jax/bin/pip install -qq -r bench/requirements-jax.txt && touch .venv-jax/.ready; }
 	$(BIN)/python bench/run.py $(if $(FLOWRL),--jax .venv-jax/bin/python --flowrl "$(FLOWRL)") $(BENCH)
 
-check: $(READY) ## package in step with the chapters, notebooks clean, links, ruff (seconds)
+check: $(READY) ## package in step with the chapters, notebooks clean, links, ruff (two minutes)
 	$(BIN)/ruff check -q --output-format concise bdpo_lit tests bench
 	$(BIN)/pytest -q tests/test_chapters.py tests/test_pages.py
 
@@ -50,7 +50,7 @@ lab: $(READY) ## open the chapters in JupyterLab
 
 docs: $(READY) ## build the site into _docs/ (needs Quarto)
 	@command -v quarto >/dev/null || { echo "The site is built by Quarto, which is not installed: get it from https://quarto.org/docs/get-started/ and run make docs again."; exit 1; }
-	$(BIN)/nbdev_docs
+	$(BIN)/python -W ignore -m bdpo_lit._site
 
 lock: ## resolve the dependencies anew in a fresh environment and write requirements.lock
 	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && \

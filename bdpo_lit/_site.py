@@ -6,6 +6,8 @@ lines, so `Page` does the opposite: definitions stand whole where they are deriv
 own. What the notebooks write so that Jupyter, Colab and GitHub can show it, `Page` turns into what Quarto has for it.
 """
 import ast
+import functools
+import html
 import json
 import os
 import re
@@ -19,6 +21,7 @@ from pathlib import Path
 from fastcore.nbio import mk_cell
 from nbdev.config import get_config
 from nbdev.process import Processor
+from nbdev.serve import proc_nbs
 from nbdev.showdoc import show_doc, showdoc_nm
 
 import bdpo_lit
@@ -32,6 +35,7 @@ COLAB = "https://colab.research.google.com"
 
 # ---- what there is
 
+@functools.cache
 def chapters() -> list[Path]:
     "All chapters in reading order: parts are folders, chapters are numbered through."
     return sorted(NBS.glob("*/[0-9][0-9]_*.ipynb"), key=lambda p: p.name)
@@ -48,10 +52,15 @@ def chapter_of(module: str) -> Path:
     return next(p for p in chapters() if p.parent.name == part and p.stem[3:] == stem)
 
 
+def parse(source: str) -> list[ast.stmt]:
+    "Statements of a cell; a line of IPython's own stands for nothing."
+    return ast.parse(re.sub(r"(?m)^(\s*)[!%](?!=).*$", r"\1pass", source)).body
+
+
 def defined(source: str) -> list[str]:
     "Names that a cell or a module defines: functions, classes, and methods added by `@patch` as `Class.method`."
     found = []
-    for node in ast.parse(re.sub(r"(?m)^\s*[!%].*$", "", source)).body:
+    for node in parse(source):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             name = showdoc_nm(node)
             found += name if isinstance(name, list) else [name]
@@ -61,6 +70,7 @@ def defined(source: str) -> list[str]:
 def private(name: str) -> bool: return any(part.startswith("_") for part in name.split("."))
 
 
+@functools.cache
 def homes() -> dict[str, str]:
     "Where each definition is: `name` -> `part.module`. A name that two modules define belongs to neither."
     found, twice = {}, set()
@@ -68,13 +78,14 @@ def homes() -> dict[str, str]:
         for name in defined((PACKAGE / f"{module.replace('.', '/')}.py").read_text()):
             if name in found: twice.add(name)
             found[name] = module
-    return {name: module for name, module in found.items() if name not in twice}
+    return {name: module for name, module in found.items() if name not in twice and not private(name)}
 
 
 # ---- one page
 
 CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.S | re.M)
 MATH = re.compile(r"(\$\$.*?\$\$|(?<![\\$])\$[^$]+?\$)", re.S)
+TAGGED = r'<a id="([\w-]+)"></a>\s*\$\$(?:(?!\$\$).)*?\\tag\{(P\d+)\}'
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\([^)]*\)|<[^>]+>)")
 
 
@@ -98,11 +109,25 @@ def callouts(text: str) -> str:
 
 
 def tables(text: str) -> str:
-    "A table of five columns or more scrolls within itself on a phone, and keeps the width to be read."
+    "Tables scroll within themselves on a phone; their columns are as wide as what they hold."
+    def width(cell): return len(re.sub(r"\]\([^)]*\)|<[^>]*>|[$`*\\[{}]", "", cell))
     def one(m):
-        columns = m[0].splitlines()[0].count("|") - 1
-        return f"::: {{.wide-table}}\n{m[0].rstrip()}\n:::\n" if columns >= 5 else m[0]
-    return re.sub(r"(?m)(?:^\|.*\|[ ]*(?:\n|\Z)){3,}", one, text)
+        rows = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in m[0].splitlines()]
+        widest = [min(max(3, *map(width, column)), 45) for column in zip(rows[0], *rows[2:], strict=False)]
+        ends = [(c.strip()[:1].strip("-"), c.strip()[-1:].strip("-")) for c in rows[1]]
+        rule = "|".join(f"{left}{'-' * w}{right}" for (left, right), w in zip(ends, widest, strict=False))
+        lines = m[0].splitlines()
+        kind = "wide-table" if sum(widest) > 75 else "table-box"
+        return f"::: {{.{kind}}}\n" + "\n".join([lines[0], f"|{rule}|", *lines[2:]]) + "\n:::\n"
+    return re.sub(r"(?m)^\|.*\|[ ]*\n\|[ :|-]+\|[ ]*(?:\n\|.*\|[ ]*)+(?:\n|\Z)", one, text)
+
+
+def formulas(text: str) -> str:
+    "A long formula within a line scrolls within itself on a phone."
+    def one(m):
+        short = re.sub(r"[{}^_\\s]|\\[,;!:]", "", re.sub(r"\\[A-Za-z]+", "x", m[0]))
+        return m[0] if m[0].startswith("$$") or len(short) < 36 else f"[{m[0]}]{{.long-formula}}"
+    return "".join(part if i % 2 else MATH.sub(one, part) for i, part in enumerate(CODE.split(text)))
 
 
 def citations(text: str) -> str:
@@ -118,6 +143,8 @@ class Page(Processor):
         self.up = "../" * (len(self.path.parts) - 1)
         self.homes = homes()
         cells, out = self.nb.cells, []
+        formulas = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+        self.here = {p: f"#{label}" for label, p in re.findall(TAGGED, formulas, re.S)}
         for k, cell in enumerate(cells):
             if cell.cell_type == "raw": out += [cell, self.badge(cfg)]
             elif cell.cell_type == "markdown": out.append(self.text(cell, opening=k == 1))
@@ -133,23 +160,23 @@ class Page(Processor):
         return mk_cell(f'<p class="badge-line"><a href="{url}">{image}</a></p>', "markdown")
 
     def text(self, cell, opening: bool):
-        text = tables(citations(callouts(cell.source)))
+        text = formulas(tables(citations(callouts(cell.source))))
         index = f"{self.up}reference/23_equations.ipynb"
-        text = prose(text, lambda t: re.sub(r"\((P(\d+))\)", rf"[(\1)]({index}#\1)", t))
+        text = prose(text, lambda t: re.sub(r"\((P\d+)\)", lambda m: f"[({m[1]})]({self.here.get(m[1], f'{index}#{m[1]}')})", t))
         text = re.sub(r"(?<![\[`])`([\w.]+)`(?![\]`])", self.symbol, text)
         cell.source = f"::: {{.opening}}\n{text}\n:::" if opening else text
         return cell
 
     def symbol(self, m):
-        "A name in backticks leads to its definition, unless it stands on this page."
+        "A name in backticks leads to its definition."
         module = self.homes.get(m[1])
         if not module: return m[0]
         return f"[`{m[1]}`]({self.up}{chapter_of(module).relative_to(NBS).as_posix()}#{m[1]})"
 
     def code(self, cell) -> list:
         cell.source = re.sub(r"(?m)^#\|\s*(export\w*|slow|gpu|notest)\b.*\n?", "", cell.source)
-        exported = {"export", "exports", "exporti"} & cell.directives_.keys()
-        body = ast.parse(re.sub(r"(?m)^\s*[!%].*$", "pass", cell.source)).body
+        exported = "export" in cell.directives_
+        body = parse(cell.source)
         if body and all(isinstance(s, ast.Import | ast.ImportFrom) for s in body) and "code-fold" not in cell.source:
             cell.source = '#| code-fold: true\n#| code-summary: "Imports"\n' + cell.source
         names = [n for n in defined(cell.source) if not private(n)] if exported else []
@@ -163,9 +190,10 @@ class Page(Processor):
         if "text/markdown" in data: data["text/markdown"] = tables("".join(data["text/markdown"]))
         if "image/png" in data: out["data"] = {k: v for k, v in data.items() if k in ("image/png", "text/plain")}
         if "text/html" in data:
-            alt = re.search(r'fig-alt: "(.*)"', cell.source)
-            html = re.sub(r"<img (?![^>]*alt=)", f'<img alt="{alt[1] if alt else ""}" ', "".join(data["text/html"]))
-            data["text/html"] = html.replace('class="anim-slider"', 'class="anim-slider" aria-label="frame"')
+            found = re.search(r'fig-alt: "?(.*?)"?$', cell.source, re.M)
+            alt = html.escape(found[1] if found else "")
+            text = re.sub(r"<img (?![^>]*alt=)", lambda m: f'<img alt="{alt}" ', "".join(data["text/html"]))
+            data["text/html"] = text.replace('class="anim-slider"', 'class="anim-slider" aria-label="frame"')
         return out
 
 
@@ -200,7 +228,7 @@ def api_index() -> str:
     for part, title in PARTS.items():
         rows.append(f"\n## {title}\n\n| module | |\n|:--|:--|")
         for module in modules():
-            if not module.startswith(part): continue
+            if not module.startswith(f"{part}."): continue
             doc = (import_module(f"bdpo_lit.{module}").__doc__ or "").split("\n\n")[0].replace("\n", " ")
             rows.append(f"| [`bdpo_lit.{module}`]({module}.qmd) | {doc} |")
     return "\n".join(rows) + "\n"
@@ -217,8 +245,8 @@ def equations() -> dict[int, dict]:
         number, sources = int(chapter.stem[:2]), ["".join(c["source"]) for c in cells]
         for cell, text in zip(cells, sources):
             if cell["cell_type"] == "markdown":
-                for anchor, p in re.findall(r'<a id="([\w-]+)"></a>\s*\$\$(?:(?!\$\$).)*?\\tag\{P(\d+)\}', text, re.S):
-                    found[int(p)]["shown"].append((number, f"{where}#{anchor}"))
+                for anchor, p in re.findall(TAGGED, text, re.S):
+                    found[int(p[1:])]["shown"].append((number, f"{where}#{anchor}"))
             elif re.search(r"(?m)^#\|\s*export\b", text):
                 for name in (n for n in defined(text) if not private(n)):
                     for p in {int(p) for p in re.findall(r"\(P(\d+)\)", text)}:
@@ -227,7 +255,7 @@ def equations() -> dict[int, dict]:
                         checks = [t for c, t in zip(cells, sources) if c["cell_type"] == "code" and called.search(t)
                                   and re.search(r"\b(assert|test_\w+)\b", t) and "#| export" not in t]
                         if checks: found[p]["checks"].append(f"chapter {number}")
-                        found[p]["checks"] += [file for file, t in tests.items() if called.search(t)]
+                        if name in homes(): found[p]["checks"] += [f for f, t in tests.items() if called.search(t)]
     return found
 
 
@@ -250,7 +278,7 @@ def bibliography() -> str:
         place = next((field[k] for k in ("journal", "booktitle", "publisher", "howpublished") if k in field), "arXiv")
         link = f"https://doi.org/{field['doi']}" if "doi" in field else field.get("url")
         title = f"[{field['title']}]({link})" if link else field["title"]
-        rows.append((field["year"], names[0], f'- {", ".join(names)} ({field["year"]}). {title}. *{place}*.'))
+        rows.append((field["year"], field["author"], f'- {", ".join(names)} ({field["year"]}). {title}. *{place}*.'))
     return "\n".join(row for *_, row in sorted(rows))
 
 
@@ -267,13 +295,8 @@ def write_bibliography():
 
 def stage() -> Path:
     "All pages as Quarto will see them, in _proc/."
-    import nbdev.doclinks
-    from nbdev.quarto import refresh_quarto_yml
-    from nbdev.serve import proc_nbs
     cfg = get_config()
     os.chdir(cfg.config_path)
-    refresh_quarto_yml()
-    nbdev.doclinks._build_modidx()
     staged = proc_nbs(cfg.nbs_path, n_workers=1, force=True)
     api = staged / "api"
     api.mkdir()
@@ -287,8 +310,7 @@ def stage() -> Path:
 
 def anchor_404(page: Path):
     "The page for wrong addresses is shown under any of them: its links start from the site's root, said once."
-    if not page.exists(): return
-    root = re.search(r"site-url: https?://[^/]+(/\S*)", (NBS / "_quarto.yml").read_text())[1]
+    root = re.search(r"site-url: https?://[^/\s]+(/\S*)?", (NBS / "_quarto.yml").read_text())[1] or "/"
     text = re.sub(rf'((?:href|src)=")(?:{re.escape(root)}|/)(?:\./)?(?!/)', r"\1", page.read_text())
     page.write_text(text.replace("<head>", f'<head>\n<base href="{root}">', 1))
 
@@ -310,19 +332,23 @@ def llms() -> str:
 def main() -> int:
     """Build _docs/. A warning of Quarto's is a failure. `--index` only writes the index of equations and the
     list of sources, `--stage` the pages."""
-    if "--index" in sys.argv[1:]: return write_index() or write_bibliography()
+    if "--index" in sys.argv[1:]:
+        write_index()
+        write_bibliography()
+        return 0
     staged = stage()
     if "--stage" in sys.argv[1:]: return 0
     run = subprocess.run(["quarto", "render", ".", "--to", "html", "--no-execute"], cwd=staged,
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(run.stdout)
+    if run.returncode: return run.returncode    # the last good site stays
     docs = Path("_docs")
     shutil.rmtree(docs, ignore_errors=True)
-    if (staged / "_docs").exists(): shutil.move(staged / "_docs", docs)
+    shutil.move(staged / "_docs", docs)
     anchor_404(docs / "404.html")
     (docs / "llms.txt").write_text(llms())
     warned = [line for line in run.stdout.splitlines() if "WARN" in line]
-    return run.returncode or bool(warned)
+    return int(bool(warned))
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -223,7 +223,8 @@ def test_equations_carry_their_numbers(path):
 @by_name
 def test_what_only_quarto_shows_is_not_used(path):
     for raw in (r"(?<![\w@`])@(?:eq|fig|sec|tbl)-", r"^:::", r"\{#(?:eq|fig|sec|tbl)-", r"\{fig-alt="):
-        assert not (found := re.findall(raw + ".{20}", prose(path), re.M)), f"raw text in Jupyter and on Colab: {found}"
+        found = re.findall(raw + ".{0,20}", prose(path), re.M)
+        assert not found, f"raw text in Jupyter and on Colab: {found}"
 
 
 @by_name
@@ -242,7 +243,7 @@ def test_numbers_in_references_are_those_of_the_target(path):
 @by_name
 def test_chapters_are_named_with_a_link(path):
     text = re.sub(r"\[[^\]]*\]\([^)]*\)", "", prose(path))
-    assert not (found := re.findall(r".{20}\b[Cc]hapters? \d+", text)), f"no link: {found}"
+    assert not (found := re.findall(r".{0,20}\b[Cc]hapters? \d+", text)), f"no link: {found}"
 
 
 @by_name
@@ -275,7 +276,8 @@ def test_results_are_read_from_the_package(path):
 def test_cells_that_take_long_ask_first(path):
     for cell in code(path):
         for kind in re.findall(r"^#\|\s*(slow|gpu)\s*$", cell.source, re.M):
-            runs = any(isinstance(s, ast.Expr | ast.For) for s in parse(cell))
+            harmless = ast.FunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom
+            runs = any(not isinstance(s, harmless) for s in parse(cell))
             assert f'wanted("{kind}"' in cell.source or not runs, f"'Run all' in Jupyter runs this: {cell.source[:80]}"
 
 

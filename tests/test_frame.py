@@ -112,7 +112,7 @@ def strange_addresses(root, files):
             if found != f"{owner}/{repo}": yield f"{file}: {found}"
 
 
-def test_one_address(run, copy_project):
+def test_one_address(run):
     files = run("git", "ls-files", "-co", "--exclude-standard").stdout.splitlines()
     assert not list(strange_addresses(ROOT, files))
     cff = yaml.safe_load((ROOT / "CITATION.cff").read_text())
@@ -221,7 +221,7 @@ def test_wheel_imports_everywhere(site, run):
 
 def test_wheel_carries_the_results(site, run):
     "A chapter opened alone finds its numbers and pictures in the package."
-    names = [p.name for p in (ROOT / "bdpo_lit" / "results").iterdir() if p.is_file()]
+    names = [p.name for p in (ROOT / "bdpo_lit" / "results").rglob("*") if p.is_file()]
     program = (f"from bdpo_lit.reference.style import RESULTS, picture, result\nfor name in {names}:\n"
                "    print(name, bool(picture(name, 'x').data if name[-3:] in ('png', 'gif') else result(name)))")
     shown = alone(site, run, program)

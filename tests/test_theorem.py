@@ -249,7 +249,7 @@ def test_the_theorem_on_any_chain(S, N, eta, seed, gaussian):
     close(K, ex.reverse_kernels(pi, F), 1e-7)                                        # Theorem C.1
     close(ex.run_chain(q_pi[N], K), pi, 1e-9)                                        # Theorem 4.2
     close(q_pi, q_nu * ((V - best) / eta).exp(), 1e-9)
-    close(pk.markov_path_kl(q_pi[N], K, q_nu[N], R).sum(), kl(pi, nu), 1e-9)         # Eqs. (35), (36)
+    close(pk.markov_path_kl(q_pi[N], K, q_nu[N], R).sum(), kl(pi, nu), 1e-9)         # Eqs. (P35), (P36)
     assert q_nu[N] @ V[N] <= best + 1e-9                                             # a fixed start cannot gain
     assert (V >= Q.min() - 1e-9).all() and (V <= Q.max() + 1e-9).all()
     p, k = random_chain(seed + 3, S, N)                                              # any other chain earns less

@@ -27,7 +27,7 @@ from .networks import (EnsembleMLP, NoiseNet, QNet, TimeEmbedding,
 # %% ../../nbs/algorithm/10_bdpo.ipynb #10-006
 @dataclass(frozen=True)
 class BDPOConfig:
-    "Everything Algorithm 1 can be told; the defaults are the paper's for walker2d."
+    "Everything an update can be told; the defaults are the paper's for walker2d."
     # the problem
     eta: float = 0.15           # regularisation strength, in reward units per nat
     rho: float = 1.0            # pessimism: targets are mean - rho std of the ensemble
@@ -37,7 +37,7 @@ class BDPOConfig:
     num_critics: int = 10       # K, ensemble size of Q and of V_n
     num_samples: int = 10       # M, sampled paths, and single steps, per target
     max_q: bool = False         # Q's target: best of M, not their mean (antmaze: on)
-    clip: float | None = 1.0    # bound of predicted clean actions; None: never clipped
+    clip: float | None = 1.0    # bounds predicted a^0 (ddim: every step); None: never
     solver: str = "ddpm"        # "ddpm" or "ddim", of whole walks; single steps: DDPM
     # the networks
     actor_hidden: tuple[int, ...] = (256,) * 4   # widths of both noise networks
@@ -189,12 +189,13 @@ class Algorithm1:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(weights)
             nets = _networks(obs_dim, action_dim, c)
-        critic = c.critic_lr, c.critic_decay_steps
-        rates = dict(behavior=(c.behavior_lr, None), q=critic, v=critic,
-                     actor=(c.actor_lr, c.actor_decay_steps))
-        for name, rate in rates.items():
-            net = nets[name].to(self.device)
-            setattr(self, name, Learner(net, *rate, c.clip_grad_norm, c.ema))
+        def learner(name, lr, decay_steps):
+            return Learner(nets[name].to(self.device), lr, decay_steps,
+                           c.clip_grad_norm, c.ema)
+        self.behavior = learner("behavior", c.behavior_lr, None)
+        self.actor = learner("actor", c.actor_lr, c.actor_decay_steps)
+        self.q = learner("q", c.critic_lr, c.critic_decay_steps)
+        self.v = learner("v", c.critic_lr, c.critic_decay_steps)
 
 # %% ../../nbs/algorithm/10_bdpo.ipynb #dae6c7e5
 @patch
@@ -206,21 +207,22 @@ def _normal(self: Algorithm1, *shape):
 def draw(self: Algorithm1, batch, what: str) -> dict[str, Tensor]:
     'Everything random in an update of "behavior", "critics" or "actor".'
     (B, A), M, N = batch.action.shape, self.config.num_samples, self.config.num_steps
-    z = {}
+    draws = {}
     if what == "critics":                                   # line 4: M paths from a^N
-        z |= dict(x_N=self._normal(B, M, A), path_noise=self._normal(N, B, M, A))
-    z["n"] = torch.randint(1, N + 1, (B,), generator=self.generator,   # n ~ U[1, N]
-                           device=self.device)
-    z["eps"] = self._normal(B, A)                           # a^n ~ q(.|a)
-    if what != "behavior": z["noise"] = self._normal(B, M, A)  # M steps to a^{n-1}
-    return z
+        draws |= dict(x_N=self._normal(B, M, A), path_noise=self._normal(N, B, M, A))
+    draws["n"] = torch.randint(1, N + 1, (B,), generator=self.generator,
+                               device=self.device)          # n ~ U[1, N]
+    draws["eps"] = self._normal(B, A)                       # a^n ~ q(.|a)
+    if what != "behavior":                                  # M steps to a^{n-1}
+        draws["noise"] = self._normal(B, M, A)
+    return draws
 
 # %% ../../nbs/algorithm/10_bdpo.ipynb #e65923d2
 @patch
 def reverse_step(self: Algorithm1, x: Float[Tensor, "rows A"],   # a^n
                  eps: Float[Tensor, "rows A"],                   # predicted noise
                  n: Int[Tensor, "rows"],                         # where x stands
-                 z: Float[Tensor, "rows A"],                     # new noise
+                 xi: Float[Tensor, "rows A"],                    # new noise
                 ) -> Float[Tensor, "rows A"]:                    # a^{n-1}
     "One step of a policy, Eq. (P8)."
     s, clip = self.sched, self.config.clip
@@ -229,7 +231,7 @@ def reverse_step(self: Algorithm1, x: Float[Tensor, "rows A"],   # a^n
     x0 = (x - (1 - bar).sqrt() * eps) / bar.sqrt()
     if clip is not None: x0 = x0.clamp(-clip, clip)
     mean = (prev.sqrt() * beta * x0 + alpha.sqrt() * (1 - prev) * x) / (1 - bar)
-    return mean + beta.sqrt() * (n > 1)[:, None] * z
+    return mean + beta.sqrt() * (n > 1)[:, None] * xi
 
 # %% ../../nbs/algorithm/10_bdpo.ipynb #fe26fe99
 @patch
@@ -304,12 +306,12 @@ def look_ahead(self: Algorithm1, batch, x_N: Float[Tensor, "B M A"],
     "Target of Q, Eq. (P13)."
     c, (B, M, _) = self.config, x_N.shape
     obs, x, path = batch.next_obs.repeat_interleave(M, 0), x_N.flatten(0, 1), []
-    for k, z in zip(range(c.num_steps, 0, -1), path_noise.flatten(1, 2)):
-        n = torch.full((B * M,), k, device=x.device)
+    for step, xi in zip(range(c.num_steps, 0, -1), path_noise.flatten(1, 2)):
+        n = torch.full((B * M,), step, device=x.device)
         eps = plain_eps(self.actor.target, obs, x, n)
         path.append((eps, x, n))
         if c.solver == "ddim": x = self.ddim_step(x, eps, n)
-        else: x = self.reverse_step(x, eps, n, z)
+        else: x = self.reverse_step(x, eps, n, xi)
     nu = self.behavior.target
     penalty = sum(self.penalty(eps, plain_eps(nu, obs, x_n, n), n)
                   for eps, x_n, n in path).view(B, M)
@@ -326,10 +328,11 @@ def look_down(self: Algorithm1, policy: NoiseNet, batch, x: Float[Tensor, "B A"]
     B, M, _ = noise.shape
     eps = plain_eps(policy, batch.obs, x, n)
     eps_behavior = plain_eps(self.behavior.target, batch.obs, x, n)
-    obs, m, x_m, eps_m = (y.repeat_interleave(M, 0) for y in (batch.obs, n, x, eps))
-    prev = self.reverse_step(x_m, eps_m, m, noise.flatten(0, 1))       # a^{n-1}
-    value = torch.where(m == 1, plain_q(self.q.target, obs, prev),     # V_0 = Q
-                        plain_v(self.v.target, obs, prev, m - 1))
+    obs_m, n_m, x_m, eps_m = (y.repeat_interleave(M, 0)
+                              for y in (batch.obs, n, x, eps))
+    prev = self.reverse_step(x_m, eps_m, n_m, noise.flatten(0, 1))      # a^{n-1}
+    value = torch.where(n_m == 1, plain_q(self.q.target, obs_m, prev),  # V_0 = Q
+                        plain_v(self.v.target, obs_m, prev, n_m - 1))
     value = self.lcb(value.view(-1, B, M).mean(-1))
     return value - self.config.eta * self.penalty(eps, eps_behavior, n)
 
@@ -415,14 +418,14 @@ def _steps(self: BDPO, batch_size):
 def draw(self: BDPO, batch, what: str) -> dict[str, Tensor]:
     'Everything random in an update of "behavior", "critics" or "actor".'
     c, (B, A) = self.config, batch.action.shape
-    z = {}
+    draws = {}
     if what == "critics" and c.gamma > 0:              # line 4: M paths from a^N
-        z |= dict(x_N=self._normal(B, c.num_samples, A),
-                  path_noise=self._normal(c.num_steps, B, c.num_samples, A))
-    z |= dict(n=self._steps(B), eps=self._normal(B, A))           # a^n ~ q(.|a)
+        draws |= dict(x_N=self._normal(B, c.num_samples, A),
+                      path_noise=self._normal(c.num_steps, B, c.num_samples, A))
+    draws |= dict(n=self._steps(B), eps=self._normal(B, A))       # a^n ~ q(.|a)
     if what != "behavior":                             # M single steps to a^{n-1}
-        z |= dict(noise=self._normal(B, c.num_samples, A))
-    return z
+        draws |= dict(noise=self._normal(B, c.num_samples, A))
+    return draws
 
 # %% ../../nbs/algorithm/10_bdpo.ipynb #10-018
 @patch
@@ -592,10 +595,10 @@ def _check_wish(how, num_actions, temperature, learner):
 # %% ../../nbs/algorithm/10_bdpo.ipynb #7b27e6b6
 @patch
 def set_scaling(self: BDPO, obs_mean: Float[Tensor, "S"],  # m, in units of the world
-                obs_std: Float[Tensor, "S"],               # sigma, positive
+                obs_std: Float[Tensor, "S"],               # w, positive
                 action_mid: Float[Tensor, "A"],            # c, what the agent calls 0
                 action_half: Float[Tensor, "A"]):          # h, positive: c + h is its 1
-    """`policy` will show the agent (s - m) / sigma and play c + h a. Raises
+    """`policy` will show the agent (s - m) / w and play c + h a. Raises
     `ValueError` on numbers that do not fit."""
     new = dict(obs_mean=obs_mean, obs_std=obs_std, action_mid=action_mid,
                action_half=action_half)

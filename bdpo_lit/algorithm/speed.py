@@ -143,14 +143,14 @@ def _first_line(e): return (str(e).strip() or type(e).__name__).splitlines()[0][
 
 # %% ../../nbs/algorithm/11_speed.ipynb #5bacbdee
 def fused_activate(norm: nn.Module,             # as `activate`
-                   h: Float[Tensor, "K *B H"],  # as `activate`
+                   z: Float[Tensor, "K *B H"],  # as `activate`
                   ) -> Float[Tensor, "K *B H"]:
     "`activate` in one pass over memory; compiled when first used."
     if isinstance(norm, nn.Identity):
-        return _compiled(_fused_mish)(h.reshape(-1)).view_as(h)
+        return _compiled(_fused_mish)(z.reshape(-1)).view_as(z)
     gain, shift = norm.weight.unsqueeze(1), norm.bias.unsqueeze(1)
-    return _compiled(_fused_norm_mish)(h.reshape(len(h), -1, h.shape[-1]), gain,
-                                       shift).view_as(h)
+    return _compiled(_fused_norm_mish)(z.reshape(len(z), -1, z.shape[-1]), gain,
+                                       shift).view_as(z)
 
 # %% ../../nbs/algorithm/11_speed.ipynb #0ee2ce8f
 def use_activate(agent: BDPO, f: Callable):
@@ -302,7 +302,7 @@ def accelerate(agent: BDPO,        # whose updates to make faster, from now on
               ) -> str:            # what was done, in words
     "Faster updates; load saved states before. Raises `ValueError` for an unknown mode."
     if mode not in MODES:
-        raise ValueError(f"compile must be one of {', '.join(MODES)}, got {mode!r}")
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if mode == "off": return "eager"
     trouble = compiler_trouble(str(agent.device))
     use_activate(agent, activate if trouble else fused_activate)
@@ -321,11 +321,11 @@ class _Losses(nn.Module):
     def __init__(self, agent):
         super().__init__()
         self.agent = agent
-        for name, x in _learners(agent).items():
-            self.add_module(name, nn.ModuleList([x.net, x.target]))
+        for name, learner in _learners(agent).items():
+            self.add_module(name, nn.ModuleList([learner.net, learner.target]))
 
-    def forward(self, what, batch, draws):
-        return getattr(self.agent, what)(batch, **draws)
+    def forward(self, method, batch, draws):
+        return getattr(self.agent, method)(batch, **draws)
 
 # %% ../../nbs/algorithm/11_speed.ipynb #10b-039
 class _Stacked:
@@ -333,14 +333,14 @@ class _Stacked:
     def __init__(self, learners):
         self.learners, first = learners, learners[0]
         def join(part):
-            return {k: torch.stack([getattr(x, part).get_parameter(k).detach()
-                                    for x in learners])
+            nets = [getattr(learner, part) for learner in learners]
+            return {k: torch.stack([net.get_parameter(k).detach() for net in nets])
                     for k, _ in first.net.named_parameters()}
         self.net = {k: nn.Parameter(x) for k, x in join("net").items()}
         self.target = join("target")
         self.optimizer = torch.optim.Adam(self.net.values(), lr=first.lr, fused=True)
-        memory = zip(*([x.optimizer.state[p] for p in x.net.parameters()]
-                       for x in learners))
+        memory = zip(*([learner.optimizer.state[p] for p in learner.net.parameters()]
+                       for learner in learners))
         for p, own in zip(self.net.values(), memory):    # own: of each agent's Adam
             self.optimizer.state[p] = {
                 k: x.clone() if k == "step" else torch.stack([m[k] for m in own])
@@ -351,7 +351,7 @@ class _Stacked:
 def step(self: _Stacked, losses):
     "One update of all; returns the norms of their gradients before clipping, (F,)."
     first = self.learners[0]
-    for x in self.learners: x.schedule()
+    for learner in self.learners: learner.schedule()
     self.optimizer.param_groups[0]["lr"] = first.optimizer.param_groups[0]["lr"]
     self.optimizer.zero_grad()
     losses.sum().backward()
@@ -370,18 +370,18 @@ def step(self: _Stacked, losses):
 @torch.no_grad()
 def give_back(self: _Stacked):
     "Each agent gets its own row."
-    for i, x in enumerate(self.learners):
+    for i, learner in enumerate(self.learners):
         for part in ("net", "target"):
-            for k, p in getattr(x, part).named_parameters():
+            for k, p in getattr(learner, part).named_parameters():
                 p.copy_(getattr(self, part)[k][i])
-        for p, stacked in zip(x.net.parameters(), self.net.values()):
+        for p, stacked in zip(learner.net.parameters(), self.net.values()):
             memory = self.optimizer.state[stacked]
-            x.optimizer.state[p] = {k: (m if k == "step" else m[i]).clone()
-                                    for k, m in memory.items()}
+            learner.optimizer.state[p] = {k: (m if k == "step" else m[i]).clone()
+                                          for k, m in memory.items()}
 
 # %% ../../nbs/algorithm/11_speed.ipynb #10b-041
 def _counts(agent):
-    return agent.updates, *(x.updates for x in _learners(agent).values())
+    return agent.updates, *(one.updates for one in _learners(agent).values())
 
 # %% ../../nbs/algorithm/11_speed.ipynb #11-n43
 def _check_fleet(agents):

@@ -8,9 +8,11 @@ __all__ = ['COLORS', 'RESULTS', 'use_style', 'table', 'result', 'picture', 'prov
 # %% ../../nbs/reference/27_style.ipynb #00-003
 import base64
 import csv
+import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import date
@@ -18,7 +20,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from IPython import get_ipython
 from IPython.display import HTML, Markdown
+from PIL import Image
 import bdpo_lit
 
 # %% ../../nbs/reference/27_style.ipynb #00-005
@@ -34,23 +38,27 @@ COLORS = dict(
 
 # %% ../../nbs/reference/27_style.ipynb #00-006
 def use_style():
-    "Set matplotlib's defaults for every figure of the book."
+    "Set matplotlib's defaults for every figure, and four digits for displayed numbers."
     plt.rcParams.update({
         "figure.figsize": (6.4, 3.2), "figure.constrained_layout.use": True,
+        "figure.constrained_layout.wspace": 0.06,
         "figure.dpi": 110, "savefig.dpi": 110, "font.size": 9, "axes.titlesize": 10,
         "axes.spines.top": False, "axes.spines.right": False,
         "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False,
         "axes.prop_cycle": plt.cycler(color=list(COLORS.values())),
         "animation.embed_limit": 8})
+    if shell := get_ipython(): shell.run_line_magic("precision", "%.4g")
 
 # %% ../../nbs/reference/27_style.ipynb #b4fb19ed
 def table(head: list,        # names of the columns
-          rows: list,        # lists of cells
+          rows: list,        # lists of cells; numbers may come formatted
           form: str = "{}",  # how cells after the first of a row are written
          ) -> Markdown:
-    "A table: the first column to the left, the others to the right."
+    "A table: columns of numbers to the right, the others to the left."
     rows = [[row[0], *map(form.format, row[1:])] for row in rows]
-    rule = [":--"] + ["--:"] * (len(head) - 1)
+    def number(cell): return re.match(r"[-+–−~<≈ ]*[\d.]|[–-]?$", str(cell).strip(" *$"))
+    right = [k > 0 and all(number(c) for c in col) for k, col in enumerate(zip(*rows))]
+    rule = ["--:" if r else ":--" for r in right] or [":--"] * len(head)
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, rule, *rows)]
     return Markdown("\n".join(lines))
 
@@ -70,14 +78,27 @@ def result(name: str,  # a file of `RESULTS`: JSON, CSV or NPZ
     if path.suffix == ".npz": return dict(np.load(path))
     raise ValueError(f"{name}: only .json, .csv and .npz are read")
 
+# %% ../../nbs/reference/27_style.ipynb #65abdf30
+def _in_two_rows(wide: Image.Image, cut: int) -> bytes:
+    "A PNG with what is right of `cut` below the rest."
+    below = wide.crop((cut, 0, wide.width, wide.height))
+    tall = Image.new("RGB", (max(cut, below.width), 2 * wide.height), "white")
+    tall.paste(wide.crop((0, 0, cut, wide.height)))
+    tall.paste(below, (0, wide.height))
+    file = io.BytesIO()
+    tall.save(file, "png")
+    return file.getvalue()
+
 # %% ../../nbs/reference/27_style.ipynb #2f4877f6
-def picture(name: str,  # a PNG or GIF of `RESULTS`
-            alt: str,   # what it shows, for those who cannot see it
-           ) -> HTML:   # the picture itself, so that the page needs no file
-    "Show a stored picture or film."
-    data = base64.b64encode((RESULTS / name).read_bytes()).decode()
-    kind = name.rsplit(".", 1)[-1]
-    return HTML(f'<img src="data:image/{kind};base64,{data}" alt="{alt}">')
+def picture(name: str,        # a PNG or GIF of `RESULTS`
+            alt: str,         # what it shows, for those who cannot see it
+            cut: int | None = None,  # what is right of this pixel goes below the rest
+           ) -> HTML:         # the picture itself, so that the page needs no file
+    "Show a stored picture or film; a wide one in two rows, for small screens."
+    data = (RESULTS / name).read_bytes()
+    if cut: data = _in_two_rows(Image.open(io.BytesIO(data)).convert("RGB"), cut)
+    kind, code = name.rsplit(".", 1)[-1], base64.b64encode(data).decode()
+    return HTML(f'<img src="data:image/{kind};base64,{code}" alt="{alt}">')
 
 # %% ../../nbs/reference/27_style.ipynb #f25b0fd8
 def provenance() -> dict:
