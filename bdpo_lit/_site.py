@@ -162,7 +162,8 @@ class Page(Processor):
     def text(self, cell, opening: bool):
         text = formulas(tables(citations(callouts(cell.source))))
         index = f"{self.up}reference/23_equations.ipynb"
-        text = prose(text, lambda t: re.sub(r"\((P\d+)\)", lambda m: f"[({m[1]})]({self.here.get(m[1], f'{index}#{m[1]}')})", t))
+        def equation(m): return f"[({m[1]})]({self.here.get(m[1], f'{index}#{m[1]}')})"
+        text = prose(text, lambda t: re.sub(r"\((P\d+)\)", equation, t))
         text = re.sub(r"(?<![\[`])`([\w.]+)`(?![\]`])", self.symbol, text)
         cell.source = f"::: {{.opening}}\n{text}\n:::" if opening else text
         return cell
