@@ -113,7 +113,7 @@ def tables(text: str) -> str:
     def width(cell): return len(re.sub(r"\]\([^)]*\)|<[^>]*>|[$`*\\[{}]", "", cell))
     def one(m):
         rows = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in m[0].splitlines()]
-        widest = [min(max(3, *map(width, column)), 45) for column in zip(rows[0], *rows[2:], strict=False)]
+        widest = [min(max(3, *map(width, column)), 120) for column in zip(rows[0], *rows[2:], strict=False)]
         ends = [(c.strip()[:1].strip("-"), c.strip()[-1:].strip("-")) for c in rows[1]]
         rule = "|".join(f"{left}{'-' * w}{right}" for (left, right), w in zip(ends, widest, strict=False))
         lines = m[0].splitlines()
@@ -231,8 +231,8 @@ def api_index() -> str:
         for module in modules():
             if not module.startswith(f"{part}."): continue
             doc = (import_module(f"bdpo_lit.{module}").__doc__ or "").split("\n\n")[0].replace("\n", " ")
-            rows.append(f"| [`bdpo_lit.{module}`]({module}.qmd) | {doc} |")
-    return "\n".join(rows) + "\n"
+            rows.append(f"| [`{module}`]({module}.qmd) | {doc} |")
+    return tables("\n".join(rows) + "\n")
 
 
 # ---- where each equation of the paper is derived, implemented and checked

@@ -56,8 +56,8 @@ def table(head: list,        # names of the columns
          ) -> Markdown:
     "A table: columns of numbers to the right, the others to the left."
     rows = [[row[0], *map(form.format, row[1:])] for row in rows]
-    def number(cell): return re.match(r"[-+–−~<≈ ]*[\d.]|[–-]?$", str(cell).strip(" *$"))
-    right = [k > 0 and all(number(c) for c in col) for k, col in enumerate(zip(*rows))]
+    number = re.compile(r"[ *$]*([-+–−~<≈ ]*[\d.]|[–-]?[ *$]*$)").match
+    right = [k > 0 and all(number(str(c)) for c in col) for k, col in enumerate(zip(*rows))]
     rule = ["--:" if r else ":--" for r in right] or [":--"] * len(head)
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, rule, *rows)]
     return Markdown("\n".join(lines))
