@@ -57,8 +57,8 @@ def table(head: list,        # names of the columns
     "A table: columns of numbers to the right, the others to the left."
     rows = [[row[0], *map(form.format, row[1:])] for row in rows]
     number = re.compile(r"[ *$]*([-+–−~<≈ ]*[\d.]|[–-]?[ *$]*$)").match
-    right = [k > 0 and all(number(str(c)) for c in col) for k, col in enumerate(zip(*rows))]
-    rule = ["--:" if r else ":--" for r in right] or [":--"] * len(head)
+    right = [all(number(str(cell)) for cell in column) for column in zip(*rows)]
+    rule = [":--", *("--:" if r else ":--" for r in right[1:])]
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, rule, *rows)]
     return Markdown("\n".join(lines))
 
