@@ -108,9 +108,10 @@ def _told(info: dict, live: np.ndarray) -> np.ndarray | None:
             if key in info]
     return np.maximum.reduce(told) if told else None
 
-# %% ../../nbs/offline/14_evaluation.ipynb #13-012
+# %% ../../nbs/offline/14_evaluation.ipynb #47dd2901
 MAX_STEPS = 100_000  # an episode longer than this has no time limit
 
+# %% ../../nbs/offline/14_evaluation.ipynb #13-012
 def _play_all(policy: Callable, envs: VectorEnv, seeds: list[int], progress: bool,
               keep: bool) -> Evaluation:
     "One episode per seed."
