@@ -10,7 +10,7 @@ WORKERS ?= $(shell [ $(CORES) -lt 4 ] && echo $(CORES) || echo 4)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-long test bench check lab docs lock address clean
+.PHONY: help demo demo-long test browser bench check lab docs lock address clean
 
 # Data sets that are made or downloaded stay inside the checkout.
 export MINARI_DATASETS_PATH ?= $(CURDIR)/data/minari
@@ -35,6 +35,15 @@ test: $(READY) ## execute every chapter and run the tests
 	$(BIN)/nbdev-test --n-workers $(WORKERS) --timing || failed="$$failed chapters"; \
 	$(BIN)/pytest --durations=10 || failed="$$failed pytest"; \
 	[ -z "$$failed" ] || { echo "Failed:$$failed"; exit 1; }
+
+# Without Chromium or Playwright these tests are skipped; here they must run.
+browser: $(READY) ## use the moving pictures and JupyterLab as a reader does, in Chromium
+	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/pip install -qq 'playwright>=1.50'
+	@for b in chromium chromium-browser google-chrome google-chrome-stable chrome; do command -v $$b >/dev/null && exit 0; done; \
+	$(BIN)/python -c 'from pathlib import Path; from playwright.sync_api import sync_playwright as p; \
+	with_ = p().start(); found = Path(with_.chromium.executable_path).exists(); with_.stop(); raise SystemExit(not found)' || \
+	{ echo "No Chromium was found. Either: apt install chromium. Or: $(BIN)/playwright install --with-deps chromium"; exit 1; }
+	$(BIN)/pytest --durations=5 tests/test_explore.py tests/test_jupyter.py
 
 bench: $(READY) ## measure speed, half an hour; FLOWRL=clone-of-flow-rl adds the JAX code (builds .venv-jax/)
 	@[ -z "$(FLOWRL)" ] || [ -e .venv-jax/.ready ] || { $(PYTHON) -m venv .venv-jax && \

@@ -161,7 +161,7 @@ class Page(Processor):
 
     def text(self, cell, opening: bool):
         text = formulas(tables(citations(callouts(cell.source))))
-        index = f"{self.up}reference/23_equations.ipynb"
+        index = f"{self.up}reference/26_equations.ipynb"
         def equation(m): return f"[({m[1]})]({self.here.get(m[1], f'{index}#{m[1]}')})"
         text = prose(text, lambda t: re.sub(r"\((P\d+)\)", equation, t))
         text = re.sub(r"(?<![\[`])`([\w.]+)`(?![\]`])", self.symbol, text)
@@ -261,7 +261,7 @@ def equations() -> dict[int, dict]:
 
 
 def write_index():
-    "Keep the index where chapter 23 reads it."
+    "Keep the index where chapter 26 reads it."
     rows = [dict(number=n, says=e["says"], reason=e["reason"], shown=e["shown"],
                  functions=list(dict(e["functions"]).items()), checks=list(dict.fromkeys(e["checks"])))
             for n, e in equations().items()]
@@ -284,12 +284,61 @@ def bibliography() -> str:
 
 
 def write_bibliography():
-    "Put the list into chapter 26, which Jupyter and Colab show, too."
-    path = NBS / "reference" / "26_bibliography.ipynb"
+    "Put the list into chapter 29, which Jupyter and Colab show, too."
+    path = NBS / "reference" / "29_bibliography.ipynb"
     nb = json.loads(path.read_text())
     k = next(k for k, c in enumerate(nb["cells"]) if "".join(c["source"]) == "## Sources")
     nb["cells"][k + 1]["source"] = bibliography().splitlines(True)
     path.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
+
+
+# ---- for teachers: what each chapter asks and gives, and a page to hand out for each part
+
+KEY = dict(theory="P1 P6 P11 P17 P31 P30 P35", algorithm="P9 P13 P15 P18 P16")    # equations on the handouts
+
+
+def cells_of(chapter: Path) -> list[tuple[str, str]]:
+    return [(c["cell_type"], "".join(c["source"])) for c in json.loads(chapter.read_text())["cells"]]
+
+
+def title_of(chapter: Path) -> str: return cells_of(chapter)[0][1].splitlines()[0].lstrip("# ")
+
+
+def objectives() -> str:
+    "What a reader can do after each chapter, should know before, and how long it takes, from the chapters' openings."
+    rows = []
+    for part, title in PARTS.items():
+        if part == "reference": continue
+        rows.append(f"\n### {title}\n")
+        for path in (p for p in chapters() if p.parent.name == part):
+            said = [" ".join(x.split()) for x in re.split(r"(?m)^- \*(?:You [^*]+|Time:)\*", cells_of(path)[1][1])[1:]]
+            head = f"**[{title_of(path)}]({path.name}).**"
+            line = "{} *You will be able to* {} *You should know* {} *Time:* {}".format(head, *said)
+            rows.append(from_root(line) + "\n")
+    return "\n".join(rows)
+
+
+def from_root(text: str, up: str = "") -> str:
+    "Links between chapters, as seen from elsewhere."
+    where = {p.name: up + p.relative_to(NBS).as_posix() for p in chapters()}
+    return re.sub(r"\]\((?!https?:)(?:\.\./)?(?:\w+/)?(\d\d_\w+\.ipynb)", lambda m: f"]({where[m[1]]}", text)
+
+
+def handout(part: str) -> str:
+    "One page for a part: its chapters in three lines each, and its equations."
+    left = KEY.get(part, "").split()
+    out = [f'---\ntitle: "{PARTS[part]}: a handout"\ndescription: The part in a page, made from its chapters.\n---\n']
+    for path in (p for p in chapters() if p.parent.name == part):
+        cells = cells_of(path)
+        k = next(k for k, (_, text) in enumerate(cells) if text == "## In three lines")
+        lines = re.sub(r"\]\((#[\w-]+)\)", f"]({path.name}\\1)", cells[k + 1][1])
+        head = f"## [{title_of(path)}]({path.name})"
+        out.append(f"{from_root(head, '../')}\n\n{citations(from_root(lines, '../'))}\n")
+        text = "\n".join(text for _, text in cells)
+        shown = {n: m for m, n in re.findall(r"(\$\$(?:(?!\$\$).)*?\\tag\{(P\d+)\}\s*\$\$)", text, re.S)}
+        out += [shown[n] + "\n" for n in left if n in shown]
+        left = [n for n in left if n not in shown]
+    return formulas("\n".join(out))
 
 
 # ---- the whole site
@@ -303,6 +352,10 @@ def stage() -> Path:
     api.mkdir()
     (api / "index.qmd").write_text(api_index())
     for module in modules(): (api / f"{module}.qmd").write_text(api_page(module))
+    (staged / "_objectives.md").write_text(formulas(citations(objectives())))
+    (staged / "handouts").mkdir()
+    for part in PARTS:
+        if part != "reference": (staged / "handouts" / f"{part}.qmd").write_text(handout(part))
     head = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     made = dict(version=bdpo_lit.__version__, commit=head.stdout.strip() or "unknown", date=date.today().isoformat())
     (staged / "_variables.yml").write_text("\n".join(f'{k}: "{v}"' for k, v in made.items()) + "\n")

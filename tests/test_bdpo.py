@@ -188,3 +188,41 @@ def test_a_resumed_agent_goes_on_along_the_same_cosine():
         rates = [getattr(agent, name).optimizer.param_groups[0]["lr"] for agent in (through, part)]
         assert rates[0] == rates[1], name
         assert torch.equal(parameters(through, name), parameters(part, name)), name
+
+
+# ---- a budget in the place of a price
+
+AUTO = dict(eta="auto", nats_per_dim=0.3, warmup_steps=2)
+
+
+def test_a_budget_moves_the_price():
+    "First by the spread of Q over the batch, then by the penalty: at most one per cent with each update of the actor."
+    agent, prices, spreads = make(BDPO, **AUTO), [], []
+    seen = agent.seen
+    agent.seen = lambda q, loss: spreads.append(q.mean(0).std().item()) or seen(q, loss)
+    for k in range(8):
+        met = agent.update(batch(k))
+        assert "q/spread" not in met and math.isclose(met["eta"].item(), agent.eta, rel_tol=1e-6)
+        prices.append(agent.eta)
+    for price, spread in zip(prices[:3], spreads): assert math.isclose(price, spread / math.sqrt(2 * 0.6))
+    steps = [abs(math.log(b / a)) for a, b in zip(prices[2:], prices[3:])]
+    assert max(steps) < 0.01 + 1e-9 and [x > 0 for x in steps] == [True, False] * 2 + [True]   # updates 4, 6 and 8
+
+
+def test_with_a_number_there_is_no_budget():
+    agent = learn(make(BDPO), 6)
+    assert agent.eta == agent.config.eta and "price" not in agent.state_dict()
+    assert "eta" not in agent.update(batch())
+    with pytest.raises(ValueError, match="constant eta"): Algorithm1(3, 2, BDPOConfig(**TINY | AUTO))
+    for wrong in (dict(AUTO, gamma=0.0), dict(AUTO, nats_per_dim=0.0), dict(eta=-0.1)):
+        with pytest.raises(ValueError): BDPOConfig(**TINY | wrong)
+
+
+def test_the_price_is_saved():
+    through, part = make(BDPO, **AUTO), make(BDPO, seed=9, **AUTO)
+    for k in range(5): through.update(batch(k))
+    part.load_state_dict(copy.deepcopy(through.state_dict()))
+    for k in range(4):
+        for agent in (through, part): agent.update(batch(50 + k))
+    assert through.eta == part.eta != 1.0
+    for name in NAMES: assert torch.equal(parameters(through, name), parameters(part, name)), name

@@ -130,9 +130,28 @@ def test_every_page_opens_and_ends_the_same_way(path):
     assert [b for b in re.findall(r"^- (\*[^*]+\*)", opening.source, re.M)] == list(asked)
     assert not opening.source.startswith("- "), "the opening begins with a paragraph"
     titles = re.findall(r"^## (.+)$", text_of(path), re.M)
-    assert titles[-3:] == ["In three lines", "Exercises", "Where next"]
+    end = ["In three lines", "Exercises", "Where next"] + ["Solutions"] * (path.parent.name != "reference")
+    assert titles[-len(end):] == end
     lines = re.search(r"^## In three lines\n+(.*?)^## Exercises", text_of(path), re.M | re.S)[1]
     assert len(re.findall(r"^- ", lines, re.M)) == 3
+
+
+@pytest.mark.parametrize("path", [p for p in CHAPTERS if p.parent.name != "reference"], ids=lambda p: p.stem)
+def test_exercises_can_be_done(path):
+    "Three or more, easy to hard, with hints; a checker that the stub fails, and at the end a solution that passes it."
+    cells = read(path).cells
+    place = {c.source[3:]: k for k, c in enumerate(cells) if c.source.startswith("## ")}
+    tasks, solutions = cells[place["Exercises"]:place["Where next"]], cells[place["Solutions"]:]
+    words, answers = ("\n".join(c.source for c in part if c.cell_type == "markdown") for part in (tasks, solutions))
+    names = re.findall(r"^\*\*(\d+\. [^*]+)\*\* (★+)", words, re.M)
+    assert len(names) >= 3 and {stars for _, stars in names} == {"★", "★★", "★★★"}
+    assert words.count("<summary>Hint</summary>") == len(names)
+    assert re.findall(r"^\*\*(\d+\. [^*]+)\*\*", answers, re.M) == [name for name, _ in names]
+    checks = [(c, name) for c in tasks for name in re.findall(r"^attempt\((\w+)", c.source, re.M)]
+    assert len(checks) >= 2
+    for cell, name in checks:
+        assert "**Not yet.**" in str(cell.outputs), f"{name} is content with the stub"
+        assert any(re.search(rf"^{name}\(", c.source, re.M) for c in solutions), f"no solution is given to {name}"
 
 
 @by_chapter
@@ -187,7 +206,7 @@ def bdpo_lit_imports(path):
     for node in (n for cell in code(path) for s in parse(cell) for n in ast.walk(s)):
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "bdpo_lit"):
             below = (node.module or "").removeprefix("bdpo_lit").lstrip(".")
-            yield from [below] if below else [alias.name for alias in node.names]
+            yield from [below] if below else [a.name for a in node.names if a.name != "__version__"]
         if isinstance(node, ast.Import):
             yield from (a.name.removeprefix("bdpo_lit.") for a in node.names if a.name.startswith("bdpo_lit."))
 
@@ -202,6 +221,47 @@ def test_imports_only_from_chapters_before(path):
         assert module in home, f"no chapter exports {module}"
         assert home[module].name <= path.name, f"{module} comes later, in {home[module].name}"
         assert path.stem[3:] != "style"
+
+
+# ---- lessons: counted over the whole book
+
+@functools.cache
+def lessons():
+    "Visible code cells: page, whether exported, the lines a reader sees, the cell."
+    found = []
+    for path in NOTEBOOKS:
+        for cell in code(path):
+            marks = set(re.findall(r"^#\|\s*([\w-]+)", cell.source, re.M))
+            lines = [x for x in cell.source.splitlines() if x.strip() and not x.startswith("#|")]
+            if lines and not marks & {"hide", "default_exp"}: found.append((path.stem, "export" in marks, lines, cell))
+    return found
+
+
+def test_cells_are_short():
+    sizes = sorted(len(lines) for _, _, lines, _ in lessons())
+    assert sizes[int(.9 * len(sizes))] <= 12, "nine of ten cells have 12 lines or less"
+    assert not (long := [(stem, lines[0]) for stem, _, lines, _ in lessons() if len(lines) > 40]), f"over 40: {long}"
+
+
+def shows(cell):
+    "Whether a cell ends in a value, a table or a picture."
+    kinds = {kind for out in cell.outputs for kind in out.get("data", {})}
+    return any(k.startswith("image/") for k in kinds) or bool(kinds) and isinstance(parse(cell)[-1], ast.Expr)
+
+
+def test_cells_show_their_point():
+    taught = [(stem, lines, c) for stem, exported, lines, c in lessons() if not exported and (body := parse(c))
+              and not all(isinstance(s, ast.Import | ast.ImportFrom) for s in body)]
+    assert sum(shows(c) for *_, c in taught) >= .5 * len(taught)
+    said = [(stem, x) for stem, lines, _ in taught for x in lines if re.search(r"""print\(f?["'][^"'{]{25,}""", x)]
+    assert not said, f"sentences are text, not output: {said}"
+
+
+@by_name
+def test_headings_have_their_own_cells(path):
+    for cell in read(path).cells[1:]:
+        if cell.cell_type == "markdown" and re.search(r"^#{2,4} ", cell.source, re.M):
+            assert len(cell.source.strip().splitlines()) == 1, f"a heading shares its cell: {cell.source[:60]}"
 
 
 # ---- formulas, figures, chapters: how they are numbered and named
@@ -229,14 +289,14 @@ def test_what_only_quarto_shows_is_not_used(path):
 
 @by_name
 def test_numbers_in_references_are_those_of_the_target(path):
-    "[(4.2)](#eq-x), [Figure 3](#fig-x), [chapter 12](../offline/12_data.ipynb)."
+    "[(4.2)](#eq-x), [Figure 3](#fig-x), [chapter 13](../offline/13_data.ipynb)."
     text = text_of(path)
     for number, file, label in re.findall(r"\[\((P?[\d.]+)\)\]\(([^)#]*)#(eq-[\w-]+)\)", text):
         target = (path.parent / file).resolve() if file else path
         assert tags(target).get(label) == number, f"({number}) leads to {label}, which is {tags(target).get(label)}"
     for number, label in re.findall(r"\[Figure (\d+)\]\(#(fig-[\w-]+)\)", text):
         assert figures(path).index(label) + 1 == int(number), f"{label} is not figure {number}"
-    for number, file in re.findall(r"\[[Cc]hapter (\d+)\]\(([^)#]*?\.ipynb)[^)]*\)", text):
+    for number, file in re.findall(r"\[(?:[Cc]hapters? )?(\d+)\]\(([^)#]*?\.ipynb)[^)]*\)", text):
         assert file.split("/")[-1].startswith(f"{int(number):02d}_"), f"chapter {number} is not {file}"
 
 
@@ -281,7 +341,7 @@ def test_cells_that_take_long_ask_first(path):
             assert f'wanted("{kind}"' in cell.source or not runs, f"'Run all' in Jupyter runs this: {cell.source[:80]}"
 
 
-@pytest.mark.parametrize("stem", ["20_results", "25_differences"])
+@pytest.mark.parametrize("stem", ["22_results", "28_differences"])
 def test_a_chapter_runs_alone(stem, tmp_path, monkeypatch):
     "As on Colab: the package installed, the notebook in an empty folder."
     from nbclient import NotebookClient

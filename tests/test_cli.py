@@ -1,5 +1,6 @@
 """The command line as a new user meets it: collect, train, kill, resume, evaluate, plot, describe."""
 import csv
+import importlib.util
 import json
 import os
 import random
@@ -17,7 +18,6 @@ import minari
 import numpy as np
 import pytest
 import torch
-import tyro
 from minari.data_collector import EpisodeBuffer
 from PIL import Image
 from test_training import assert_same_run
@@ -30,7 +30,10 @@ from bdpo_lit.offline.training import load_checkpoint
 TINY = ("--train.pretrain-steps 30 --train.train-steps 40 --train.log-every 10 --train.save-every 8 "
         "--train.eval-every 20 --train.eval-episodes 1 --train.batch-size 16 --train.num-actions 2 --train.device cpu "
         "--algorithm.num-critics 2 --algorithm.num-samples 2 --algorithm.num-steps 2 --algorithm.warmup-steps 5 "
-        "--algorithm.actor-hidden 16 --algorithm.critic-hidden 16 --algorithm.time-dim 4 --threads 1").split()
+        "--algorithm.actor-hidden 16 --algorithm.critic-hidden 16 --algorithm.time-dim 4 "
+        "--threads 1 --episodes 1").split()
+BDPO = [sys.executable, "-m", "bdpo_lit"]
+POSIX = pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,6 +44,7 @@ def home(tmp_path_factory):
         patch.setenv("MINARI_DATASETS_PATH", str(home / "minari"))
         patch.setenv("D4RL_DATASET_DIR", str(home / "d4rl"))
         (home / "minari").mkdir()
+        (home / "file").touch()   # where no folder can be
         os.chdir(home)
         cli.main("collect maze --num-steps 2000".split())
         yield home
@@ -57,6 +61,7 @@ def bdpo(capsys):
         except SystemExit as e: ended = e.code
         out = capsys.readouterr()
         if isinstance(ended, str): out, ended = out._replace(err=out.err + ended), 1
+        if os.name == "nt": out = out._replace(out=out.out.replace("\\", "/"), err=out.err.replace("\\", "/"))
         assert (ended or 0) == status, out
         assert "Traceback" not in out.err
         return out.out if status == 0 else out.out + out.err
@@ -102,6 +107,7 @@ bdpo_lit.reference.command_line.main(sys.argv[1:])
 """
 
 
+@POSIX
 def test_killed_at_random_moments_ends_in_the_same_numbers(bdpo, home):
     words = ["train", "--task", "maze", *TINY, "--train.pretrain-steps", "120", "--train.train-steps", "200",
              "--algorithm.behavior-lr", "1.0", "--train.eval-every", "100"]
@@ -117,7 +123,7 @@ def test_killed_at_random_moments_ends_in_the_same_numbers(bdpo, home):
     for _ in range(2):
         log = run_dir / "metrics.csv"
         before, deadline = log.stat().st_mtime_ns, time.time() + 60
-        going = subprocess.Popen([Path(sys.executable).parent / "bdpo", *again], stderr=subprocess.DEVNULL, env=env)
+        going = subprocess.Popen([*BDPO, *again], stderr=subprocess.DEVNULL, env=env)
         while log.stat().st_mtime_ns == before and going.poll() is None and time.time() < deadline: time.sleep(0.02)
         time.sleep(rng.uniform(0, 0.5))
         going.kill()
@@ -129,9 +135,10 @@ def test_killed_at_random_moments_ends_in_the_same_numbers(bdpo, home):
     assert [r["metric"] for r in rows(run_dir / "warnings.csv")] == ["behavior/loss"]
 
 
+@POSIX
 def test_ctrl_c_saves_and_says_how_to_go_on(home):
     words = ["train", "--task", "maze", *TINY, "--train.train-steps", "100000", "--run-dir", "stopped"]
-    going = subprocess.Popen([Path(sys.executable).parent / "bdpo", *words], stdout=subprocess.PIPE,
+    going = subprocess.Popen([*BDPO, *words], stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     deadline = time.time() + 60
@@ -150,7 +157,10 @@ def test_the_maze_from_collecting_to_curves(bdpo, home):
     assert "return_mean" in bdpo("describe bdpo/pointmaze-umaze-hidden-v0 --out pictures/maze.png")
     said = bdpo("train --task maze --seed 1", TINY)
     assert "runs/maze-1: new, of 30 + 40" in said and "Next: bdpo evaluate runs/maze-1" in said
-    assert "taken up at update 30 + 40" in bdpo("train --task maze --seed 1", TINY)
+    table = re.findall(r"^\| .*", said, re.M)
+    for name in ("data, mean", "diffusion clone", "Gaussian clone", "BDPO"): assert name in "".join(table)
+    again = bdpo("train --task maze --seed 1", TINY)
+    assert "taken up at update 30 + 40" in again and re.findall(r"^\| .*", again, re.M) == table, "played once"
     run = home / "runs" / "maze-1"
     config = json.loads((run / "config.json").read_text())
     assert config["about"] | dict(task="maze", reward="none", reward_scale=1.0, ref_min_score=0.0) == config["about"]
@@ -174,7 +184,7 @@ def test_the_maze_from_collecting_to_curves(bdpo, home):
     # curves
     bdpo("plot runs/maze-1 --out pictures/curves.png")
     assert "picture: pictures/again.png" in bdpo("plot runs/maze-1 --out pictures/again")
-    assert "cannot use /proc/x: " in bdpo("plot runs/maze-1 --out /proc/x/curves.png", status=1)
+    assert "cannot use file" in bdpo("plot runs/maze-1 --out file/curves.png", status=1)
     for picture in ("maze", "curves"): assert np.ptp(np.asarray(Image.open(f"pictures/{picture}.png"))) > 100
 
 
@@ -214,18 +224,18 @@ def test_half_a_cheetah(bdpo, home):
 
 
 def test_a_minari_set_with_dict_observations_knows_its_environment(bdpo, home):
-    env = gym.make("PointMaze_UMaze-v3", max_episode_steps=50)
+    env = gym.make("PointMaze_UMazeDense-v3", max_episode_steps=50)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         minari.create_dataset_from_buffers("mine/goals-v0", episodes(env, 400), env=env, algorithm_name="random")
     assert "obs_dim  8" in bdpo("describe mine/goals-v0")
     said = bdpo("train --data mine/goals-v0 --train.normalize-obs", TINY)
-    assert "played in PointMaze_UMaze-v3" in said and "runs/mine-goals-v0-0" in said
+    assert "played in PointMaze_UMazeDense-v3" in said and "runs/mine-goals-v0-0" in said
     scaling = load_checkpoint(home / "runs" / "mine-goals-v0-0")["agent"]["scaling"]
     assert scaling["obs_std"].min() > 0 and not torch.equal(scaling["obs_std"], torch.ones(8).double())
     (home / "minari" / "mine").rename(home / "minari" / "away")     # the run needs the data no more
     said = bdpo("evaluate runs/mine-goals-v0-0 --episodes 2")
-    assert "2 episodes in PointMaze_UMaze-v3" in said and "success" in said and "score" not in said
+    assert "2 episodes in PointMaze_UMazeDense-v3" in said and "success" in said and "score" not in said
     noted = json.loads((home / "runs" / "mine-goals-v0-0" / "evaluation.json").read_text())
     assert json.loads(noted[0]["env"])["max_episode_steps"] == 50, "not the limit of the id, but of the data set"
 
@@ -250,7 +260,8 @@ def d4rl_file(path, total=1500, limit=100, timeouts=True):
 def test_d4rl_task_with_its_file_in_place(bdpo, home):
     d4rl_file(d4rl_folder() / "hopper_medium-v2.hdf5")
     said = bdpo("train --task hopper-medium-v2", TINY)
-    assert "1485 transitions of hopper-medium-v2" in said and "played in Hopper-v4" in said and "score: last" in said
+    assert "1485 transitions of hopper-medium-v2" in said and "played in Hopper-v4" in said
+    assert "score in training: last" in said
     config = json.loads((home / "runs" / "hopper-medium-v2-0" / "config.json").read_text())
     assert (config["algorithm"]["eta"], config["algorithm"]["rho"]) == (0.2, 2.0)
     assert (config["about"]["ref_min_score"], config["about"]["ref_max_score"]) == (-20.272305, 3234.3)
@@ -261,9 +272,9 @@ def test_d4rl_task_with_its_file_in_place(bdpo, home):
     assert last["score"]["mean"] == pytest.approx(100 * (last["return"]["mean"] + 20.272305) / (3234.3 + 20.272305))
     bdpo("describe hopper-medium-v2 --out hopper.png")
     said = bdpo("train --data hopper-medium-v2", TINY, "--run-dir plain")   # without the paper's settings
-    assert "played in Hopper-v4" in said and "score: last" in said
+    assert "played in Hopper-v4" in said and "score in training: last" in said
     plain = json.loads((home / "plain" / "config.json").read_text())
-    assert plain["algorithm"]["eta"] == 0.15 and plain["about"]["reward"] == "locomotion"
+    assert plain["about"]["reward"] == "chosen" and plain["about"]["ref_max_score"] == 3234.3
     if os.environ.get("MUJOCO_GL") == "egl":   # else MuJoCo may not be able to draw here
         assert "video: film/hopper.gif" in bdpo("evaluate runs/hopper-medium-v2-0 --episodes 1 --video film/hopper.gif")
         assert Image.open(home / "film" / "hopper.gif").n_frames > 1
@@ -277,8 +288,8 @@ def test_d4rl_ant_by_name_plays_in_the_maze_of_its_task(bdpo, home):
         f["actions"] = rng.uniform(-1, 1, (n, 8)).astype(np.float32)
         f["rewards"], f["terminals"] = (np.arange(n) % 50 == 30).astype(np.float32), np.arange(n) % 50 == 30
         f["timeouts"] = np.arange(n) % 50 == 49
-    words = ["--data", "antmaze-umaze-v2", "--run-dir", "ant", *TINY]
-    run = cli.open_run(tyro.cli(cli._train_command(words), args=words))
+    words = ["--data", "antmaze-umaze-v2", "--run-dir", "ant", "--reward", "antmaze", *TINY]
+    run = cli.open_run(cli._train_command(words))
     assert run.make_env().spec.id == "bdpo/AntMaze-umaze-v0" and run.data.meta["reward_scale"] == 100.0
     assert len(run.data) == 196
 
@@ -286,58 +297,235 @@ def test_d4rl_ant_by_name_plays_in_the_maze_of_its_task(bdpo, home):
 def test_d4rl_files_with_and_without_timeouts(bdpo, home):
     d4rl_file(home / "with.hdf5")
     d4rl_file(home / "without.hdf5", timeouts=False)
-    said = bdpo("train --data with.hdf5", TINY)
-    assert "rewards x 1;" in said, "its unit is not known"
+    said = bdpo("train --data with.hdf5 --reward none", TINY)
+    assert "rewards x 1;" in said
     assert "bdpo evaluate runs/with-0 --env ..." in said
     assert "no environment: give --env to see scores" in said and not (home / "runs/with-0/best.pt").exists()
     assert "does not say where its policies play; give an environment" in bdpo("evaluate runs/with-0", status=1)
     said = bdpo("evaluate runs/with-0 --env Hopper-v5 --episodes 1")
     assert "best: none" in said
-    assert "no 'timeouts'; pass max_episode_steps" in bdpo("train --data without.hdf5", TINY, status=1)
+    assert "--max-episode-steps" in bdpo("train --data without.hdf5", TINY, status=1)
     assert "no environment" in bdpo("train --task maze --env none --run-dir none", TINY)
     assert "1485 transitions of without" in bdpo("train --data without.hdf5 --max-episode-steps 100", TINY)
     said = bdpo("train --data without.hdf5 --env Hopper-v5 --run-dir b", TINY)   # the limit of the environment: 1000
-    assert "1498 transitions" in said and "return: last" in said
-    same = bdpo("train --task hopper-medium-v2 --data with.hdf5 --run-dir c", TINY)
-    assert "1485 transitions of hopper-medium-v2" in same and "score: last" in same
+    assert "1498 transitions" in said and "return in training: last" in said
     assert "transitions  1485" in bdpo("describe without.hdf5 --max-episode-steps 100")
 
+
+# Data of one's own
+
+def pendulum_file(path, name="Pendulum-v1", total=600):
+    env = gym.make(name)
+    made = episodes(env, total)
+    with h5py.File(path, "w") as f:
+        f["observations"] = np.concatenate([e.observations[:-1] for e in made])
+        f["actions"] = np.concatenate([e.actions for e in made])
+        f["rewards"] = np.concatenate([e.rewards for e in made])
+        f["terminals"], f["timeouts"] = (np.concatenate([getattr(e, k) for e in made])
+                                         for k in ("terminations", "truncations"))
+    return path
+
+
+def test_settings_are_chosen_for_data_of_ones_own_and_options_override_them(bdpo, home):
+    pendulum_file(home / "pend.hdf5")
+    words = "train --data pend.hdf5 --env Pendulum-v1 --budget 5s"
+    said = bdpo(words, TINY)
+    assert "599 transitions of pend" in said or "597 transitions of pend" in said
+    config = json.loads((home / "runs" / "pend-0" / "config.json").read_text())
+    assert config["train"]["pretrain_steps"] == 30 and config["algorithm"]["actor_hidden"] == [16]
+    assert config["about"]["reward"] == "chosen" and config["about"]["reward_scale"] > 0
+    assert "settings: those runs/pend-0 was started with" in bdpo(words, TINY), "chosen once"
+    assert "--budget and --size choose settings for --data alone" in bdpo("train --task maze --size small", status=2)
+    assert "budget" in bdpo("train --data pend.hdf5 --env Pendulum-v1 --run-dir x --budget soon", TINY, status=2)
+    # the same settings again, from the run's own file
+    said = bdpo("train --config runs/pend-0/config.json --seed 1")
+    assert "runs/pend-1: new, of 30 + 40" in said
+    again = json.loads((home / "runs" / "pend-1" / "config.json").read_text())
+    assert again["algorithm"] == config["algorithm"] and again["data"] == config["data"]
+    assert again["about"]["reward_scale"] == config["about"]["reward_scale"]
+
+
+def test_bounds_come_from_the_environment_or_from_words(bdpo, home):
+    pendulum_file(home / "wide.hdf5")
+    assert "lie outside" in bdpo("describe wide.hdf5", status=1)
+    for words in ("--env Pendulum-v1", "--action-low -2 --action-high 2"):
+        assert re.search(r"action_low +-2", bdpo("describe wide.hdf5", words))
+    said = bdpo("train --data wide.hdf5 --env Pendulum-v1 --reward none", TINY)
+    assert "played in Pendulum-v1" in said
+    said = bdpo("train --data wide.hdf5 --action-low -2 --action-high 2 --reward none --run-dir w", TINY)
+    assert "no environment" in said and "| policy" not in said
+    assert "return" in bdpo("evaluate w --env Pendulum-v1 --episodes 1")
+    assert "--action-low is for files" in bdpo("describe bdpo/pointmaze-umaze-hidden-v0 --action-low -1", status=2)
+
+
+def test_a_preset_lends_its_settings_to_other_data_and_nothing_else(bdpo, home):
+    d4rl_file(home / "mine.hdf5")
+    said = bdpo("train --task hopper-medium-v2 --data mine.hdf5", TINY)
+    assert "1485 transitions of mine" in said and "hopper" not in said and "score" not in said.split("see scores")[1]
+    config = json.loads((home / "runs" / "mine-0" / "config.json").read_text())
+    assert (config["algorithm"]["eta"], config["about"]["reward"]) == (0.2, "locomotion")
+    assert config["about"]["task"] is None and "ref_max_score" not in config["about"]
+    env = gym.make("Pendulum-v1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        minari.create_dataset_from_buffers("mine/own-v0", episodes(env, 400), env=env, algorithm_name="random")
+    said = bdpo("train --task halfcheetah --data mine/own-v0", TINY)
+    assert "of mine/own-v0" in said and "played in Pendulum-v1" in said and "runs/mine-own-v0-0" in said
+
+
+def test_a_scale_of_the_same_robot_is_said_to_be_borrowed(bdpo, home):
+    env = gym.make("Hopper-v5", max_episode_steps=50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        minari.create_dataset_from_buffers("mujoco/hopper/mine-v0", episodes(env, 300), env=env,
+                                           algorithm_name="random")
+    said = bdpo("train --task maze --data mujoco/hopper/mine-v0", TINY)
+    assert "of this robot, not of these data" in said and "score in training" in said
+
+
+def test_rewards_that_say_nothing(bdpo, home):
+    with h5py.File(pendulum_file(home / "zero.hdf5"), "a") as f: f["rewards"][:] = 0
+    assert "all rewards are 0; there is nothing to learn" in bdpo("describe zero.hdf5 --env Pendulum-v1")
+    assert "rewards" in bdpo("train --data zero.hdf5 --env Pendulum-v1", TINY, status=1)
+    words = "train --task maze --data zero.hdf5 --env Pendulum-v1 --run-dir z"
+    assert "warning: all rewards are 0" in bdpo(words, TINY)
+
+
+# Settings from a file
+
+def test_settings_in_a_file_of_ones_own(bdpo, home):
+    yaml = pytest.importorskip("yaml")
+    wish = dict(task="maze", train=dict(pretrain_steps=20, seed=4), algorithm=dict(eta=0.3, actor_hidden=[16]))
+    (home / "wish.yaml").write_text(yaml.safe_dump(wish))
+    words = " ".join(TINY).replace("--train.pretrain-steps 30", "").replace("--algorithm.actor-hidden 16", "")
+    assert "runs/maze-4: new, of 20 + 40" in bdpo("train --config wish.yaml", words)
+    made = json.loads((home / "runs" / "maze-4" / "config.json").read_text())["algorithm"]
+    assert (made["eta"], made["actor_hidden"], made["num_critics"]) == (0.3, [16], 2)
+    for text, message in (("{", "give a run, or a JSON or YAML file"), ("[]", "it holds no settings"),
+                          ('{"trian": {}}', "no setting 'trian'; did you mean 'train'?"),
+                          ('{"task": "maze", "train": {"seeed": 1}}', "no setting 'seeed'; did you mean 'seed'?"),
+                          ('{"task": "maze", "train": {"batch_size": 0}}', "batch_size must be an integer")):
+        (home / "bad.json").write_text(text)
+        assert message in bdpo("train --config bad.json", status=2)
+    assert "No such file" in bdpo("train --config nowhere.json", status=2)
+
+
+def test_a_file_imports_no_code(bdpo, home):
+    (home / "stranger.py").write_text("raise SystemExit('imported')")
+    bdpo("train --task maze --seed 6", TINY)
+    config = home / "runs" / "maze-6" / "config.json"
+    config.write_text(config.read_text().replace("bdpo_lit.offline.maze:", "stranger:"))
+    for words in ("evaluate runs/maze-6", "train --config runs/maze-6 --seed 7", "train --config runs/maze-6"):
+        assert "if you trust it, name it yourself: --env stranger:bdpo/" in bdpo(words, status=1)
+    assert "stranger" not in sys.modules
+
+
+def test_a_module_beside_the_user_is_found(home):
+    (home / "besides.py").write_text("import gymnasium as gym\ngym.register('Besides-v0', "
+                                     "'gymnasium.envs.classic_control:PendulumEnv', max_episode_steps=5)\n")
+    pendulum_file(home / "besides.hdf5")
+    done = subprocess.run([*BDPO, "describe", "besides.hdf5", "--env", "besides:Besides-v0"], capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and re.search(r"action_high +2", done.stdout), done.stderr
+
+
+# Several
+
+def test_several_seeds_several_runs_and_any_checkpoint(bdpo, home):
+    said = bdpo("train --task maze --seeds 8,9", TINY)
+    assert re.search(r"\| policy +\| seed 8 \| seed 9 \|", said)
+    assert "Next: bdpo evaluate runs/maze-8 runs/maze-9" in said
+    for words in ("0", "1,1", "2-2", "a", "3-1"):
+        assert "--seeds takes" in bdpo("train --task maze --seeds", words, status=2)
+    assert "not both" in bdpo("train --task maze --seeds 0,1 --seed 2", status=2)
+    said = bdpo("evaluate runs/maze-8 runs/maze-9 --episodes 1")
+    assert said.count("1 episodes in bdpo/PointMaze") == 2 and re.search(r"2 runs +last +", said)
+    found = json.loads(bdpo("evaluate runs/maze-8/last.pt runs/maze-9 --episodes 1 --json --learner behavior"))
+    assert [r["policies"] for r in found] == [["last"], ["last", "best"]] and found[0]["how"] == "sample"
+    assert "the behaviour policy, 1 episodes" in bdpo("evaluate runs/maze-8 --episodes 1 --learner behavior")
+    assert "a video is of one run" in bdpo("evaluate runs/maze-8 runs/maze-9 --video x.gif", status=2)
+
+
+# For programs
+
+def test_json_is_all_there_is_on_stdout(bdpo, home):
+    found = json.loads(bdpo("describe bdpo/pointmaze-umaze-hidden-v0 --json"), parse_constant=pytest.fail)
+    assert found["transitions"] == 2000 and found["warnings"] == []
+    found = json.loads(bdpo("train --task maze --seed 10 --json", TINY), parse_constant=pytest.fail)
+    assert Path(found["run"]).name == "maze-10" and found["table"]["unit"] == "score"
+    assert [r["name"] for r in found["table"]["rows"]][0].startswith("data, mean")
+
+
+def test_the_command_is_a_module_and_has_a_version():
+    from bdpo_lit import __version__
+    for program in (["-m", "bdpo_lit"], ["-m", "bdpo_lit.reference.command_line"]):
+        done = subprocess.run([sys.executable, *program, "--version"], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, f"bdpo_lit {__version__}\n")
+        done = subprocess.run([sys.executable, *program, "fly"], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("bdpo: no command 'fly'")
+
+
+def test_a_policy_goes_away(bdpo, home):
+    bdpo("train --task maze --seed 11", TINY)
+    if not importlib.util.find_spec("onnx"): assert "onnx" in bdpo("export runs/maze-11 policy.onnx", status=1)
+    done = subprocess.run([*BDPO, "export", "runs/maze-11", "away/policy.pt2"],
+                          capture_output=True, text=True)   # torch exports no checked function
+    assert done.returncode == 0 and done.stdout.startswith("policy: away"), done.stderr
+    policy = torch.export.load(home / "away" / "policy.pt2").module()
+    assert policy(torch.zeros(3, 4)).shape == (3, 2)
+    assert "name that ends in" in bdpo("export runs/maze-11 policy.doc", status=1)
+
+
+# Mistakes
 
 # What is refused
 
 @pytest.mark.parametrize("words, status, message", [
-    ("train", 1, "Give --task NAME or --data PATH_OR_ID"),
+    ("train", 2, "Give --data PATH_OR_ID or --task NAME"),
     ("train --task hoper-medium-v2", 1, "no task 'hoper-medium-v2'; did you mean hopper-medium-v2"),
     ("train --data no/such-v0", 1, "data set 'no/such-v0' not found"),
     ("train --data nothing.hdf5", 1, "nothing.hdf5: no such file"),
     ("train --task maze --env Nowhere-v0", 1, "no environment 'Nowhere-v0'"),
     ("train --task maze --env Pendulum-v1", 1, "observations of length 3"),
-    ("train --task maze --train.batch-size 0", 2, "batch_size must be an integer of at least 1, got 0"),
+    ("train --task maze --train.batch-size 0", 2, "--train.batch-size must be an integer of at least 1, got 0"),
     ("train --task maze --algorithm.eta -1", 2, "eta must be at least 0, got -1"),
-    ("train --task maze --algorithm.etta 1", 2, "--algorithm.etta"),
+    ("train --task maze --algorithm.etta 1", 2, "no option --algorithm.etta; did you mean --algorithm.eta"),
     ("train --task maze --train.device nowhere", 1, "device 'nowhere' is not available here"),
-    ("train --task maze --run-dir /proc/run", 1, "cannot write /proc/run"),
-    ("train --task maze --threads 0", 1, "threads must be at least 1"),
+    ("train --task maze --run-dir file/run", 1, "cannot write file/run"),
+    ("train --task maze --threads 0", 2, "--threads must be at least 1, got 0"),
+    ("train --task maze --etta 1", 2, "there is no option --etta; did you mean --algorithm.eta"),
+    ("train --task maze --actor_lr 1", 2, "did you mean --algorithm.actor-lr"),
+    ("train --task maze --algorithm.rho x", 2, "--algorithm.rho: a number is needed, got 'x'"),
+    ("train --task maze --algorithm.eta x", 2, "--algorithm.eta: FLOAT|{auto} is needed, got 'x'"),
+    ("train --task maze --train.seed -1", 2, "--train.seed must be"),
+    ("train --task maze --seed -1", 2, "--seed must be"),
+    ("evaluate runs/none --episodes 0", 2, "--episodes must be at least 1, got 0"),
+    ("evaluate runs/none --num-actions 0", 2, "--num-actions must be at least 1, got 0"),
+    ("evaluate runs/none --episode 3", 2, "there is no option --episode; did you mean --episodes?"),
+    ("evaluate runs/none --how worst", 2, "--how cannot be 'worst', but one of 'best', 'sample', 'softmax'"),
+    ("evaluate", 2, "which run?"), ("demo --episodes 0", 2, "--episodes must be at least 1, got 0"),
+    ("describe x.hdf5 --max-episode-steps 0", 2, "--max-episode-steps must be at least 1, got 0"),
+    ("evaluat runs/none", 2, "no command 'evaluat'; did you mean evaluate?"),
     ("evaluate runs/none", 1, "runs/none is no run"),
     ("evaluate minari", 1, "minari is no run"),
-    ("evaluate runs/none --video x.mp4", 1, "the video is a .gif, got x.mp4"),
-    ("plot runs/none", 1, "runs/none is no run"), ("plot", 1, "no run to draw"),
+    ("evaluate runs/none --video x.avi", 2, "the video is a .gif or an .mp4, got x.avi"),
+    ("plot runs/none", 1, "runs/none is no run"), ("plot", 2, "no run to draw"),
     ("describe no/such-v0", 1, "data set 'no/such-v0' not found"),
-    ("collect maze --num-steps 1", 1, "num_steps must be at least 2"), ("collect moon", 2, "'moon'"),
+    ("collect maze --num-steps 1", 2, "--num-steps must be at least 2"), ("collect moon", 2, "'moon'"),
     ("describe minari", 1, "a file in D4RL's layout is given by its path, which ends in .hdf5 or .h5"),
-    ("toy2d moons --folder /proc/x", 1, "cannot use /proc/x: No such file or directory; choose another place"),
+    ("toy2d moons --folder file/x", 1, "choose or make another place"),
     ("collect maze --dataset-id maze", 1, "'maze' cannot name a data set; 'mine/maze-v0' could"),
-    ("collect maze --num-steps 2500", 1, "was made with"), ("fly", 2, "fly"), ("", 2, "Missing subcommand"),
+    ("collect maze --num-steps 2500", 1, "was made with"), ("fly", 2, "no command 'fly'"),
+    ("", 2, "there are demo, collect"),
 ])
 def test_mistakes_are_answered_in_one_line(words, status, message, bdpo):
     said = bdpo(words, status=status)
-    assert message in re.sub(r"[\s│]+", " ", said)
-    if status == 1: assert re.fullmatch(r"bdpo: [^\n]+", said.strip())
+    assert message in said and re.fullmatch(r"bdpo: [^\n]+", said.strip())
 
 
-def test_a_folder_for_data_that_cannot_be_made(bdpo, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", "/proc/minari")
-    assert "cannot write /proc/minari" in (said := bdpo("collect maze --num-steps 100", status=1))
+def test_a_folder_for_data_that_cannot_be_made(bdpo, home, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(home / "file" / "minari"))
+    assert "cannot write" in (said := bdpo("collect maze --num-steps 100", status=1))
     assert "MINARI_DATASETS_PATH" in said
 
 
@@ -358,7 +546,7 @@ def test_another_file_of_the_same_name_is_another_run(bdpo, home):
     bdpo("train --data same.hdf5", TINY)
     d4rl_file(home / "same.hdf5", 300)
     said = bdpo("train --data same.hdf5", TINY, status=1)
-    assert "the number of transitions is 198 there and 297 here; the checksum of its numbers" in said
+    assert "the number of transitions is 198 there and 297 here" in said
 
 
 def test_a_damaged_run_and_a_damaged_note_lose_nothing(bdpo, home):
@@ -376,7 +564,41 @@ def test_a_damaged_run_and_a_damaged_note_lose_nothing(bdpo, home):
 
 def test_an_actor_that_never_starts_is_announced(bdpo):
     said = bdpo("train --task maze --run-dir late", TINY, "--algorithm.warmup-steps 40")
-    assert "the actor starts after 40 updates" in said and "only 40 are asked for" in said
+    assert "the actor starts after 40 updates (--algorithm.warmup-steps) of 40: it will stay a clone" in said
+
+
+def test_a_mistake_of_ours_is_a_sentence_too(bdpo, monkeypatch):
+    def broken(*_, **__): raise KeyError("nothing")
+    monkeypatch.setattr("bdpo_lit.offline.tasks.judge_run", broken)
+    said = bdpo("evaluate minari", status=1)
+    assert "KeyError: 'nothing'; this is a mistake in bdpo_lit and not yours: BDPO_LIT_DEBUG=1" in said
+    monkeypatch.setenv("BDPO_LIT_DEBUG", "1")
+    with pytest.raises(KeyError): cli.main(["evaluate", "minari"])
+
+
+def test_home_and_blanks_in_paths(bdpo, home, monkeypatch):
+    monkeypatch.setenv("HOME", str(home)), monkeypatch.setenv("USERPROFILE", str(home))
+    said = bdpo(["train", "--task", "maze", "--run-dir", "~/my runs/a b"], TINY)
+    assert re.search(r"Next: bdpo evaluate ['\"].*my runs.a b['\"]$", said.strip())
+    assert (home / "my runs" / "a b").exists()
+    assert "noted in" in bdpo(["evaluate", "~/my runs/a b", "--episodes", "1"])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux")
+def test_a_library_for_drawing_that_is_not_there(home):
+    import ctypes.util
+    if ctypes.util.find_library("OSMesa"): pytest.skip("it is there")
+    done = subprocess.run([*BDPO, "evaluate", "runs/none"], capture_output=True, text=True,
+                          env={**os.environ, "MUJOCO_GL": "osmesa"})
+    assert done.returncode == 1 and done.stderr.startswith("bdpo: runs/none is no run"), "nothing is drawn"
+
+
+@POSIX
+def test_sigterm_is_ctrl_c_from_the_first_moment(home):
+    code = "import os, signal, sys; import bdpo_lit.reference.command_line as c\n" \
+           "c.COMMANDS['plot'].__call__ = lambda self: os.kill(os.getpid(), signal.SIGTERM)\nc.main(['plot', 'x'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (130, "bdpo: interrupted")
 
 
 # Help

@@ -1,6 +1,8 @@
 """Offline data: what both formats keep, and what each kind of bad file says."""
 
 import hashlib
+import json
+import os
 import re
 import socket
 import subprocess
@@ -25,15 +27,23 @@ from bdpo_lit.offline.data import (
     ACTION_MARGIN,
     D4RL_TASKS,
     DataError,
+    DataWarning,
     Scaling,
     Transitions,
     d4rl_folder,
+    data_warnings,
     describe,
+    environment_scores,
+    episode_lengths,
     episode_returns,
     fetch_d4rl,
+    from_arrays,
+    is_file,
+    known_spec,
     load,
     load_hdf5,
     load_minari,
+    read_spec,
     reference_scores,
     scale_reward,
     summary,
@@ -198,10 +208,26 @@ BAD_HDF5 = {
     "nan": (dict(rewards=np.r_[np.zeros(3), np.nan, np.zeros(12)]), {}, "'rewards' has 1 rows with NaN.*index 3"),
     "inf": (dict(observations=np.r_[np.zeros((15, 3)), np.full((1, 3), np.inf)]), {}, "'observations'.*index 15"),
     "overflow": (dict(rewards=np.full(16, 1e300)), {}, "'reward' has .* infinite"),
+    "long overflow": (dict(rewards=np.full(16, np.longdouble("1e400"))), {}, "'rewards' has .* infinite"),
+    "complex": (dict(rewards=np.zeros(16, complex)), {}, "'rewards' has dtype complex"),
+    "wide rewards": (dict(rewards=np.zeros((16, 3))), {}, r"'rewards' has shape \(16, 3\); expected one number"),
+    "wide terminals": (dict(terminals=np.zeros((16, 2))), {}, "'terminals' has shape"),
+    "no reward": (dict(rewards=np.zeros((16, 0))), {}, "'rewards' has shape"),
+    "fractions": (dict(terminals=np.linspace(0, 1, 16)), {}, "'terminals' has 14 values other than 0 and 1.*index 1"),
+    "negative": (dict(timeouts=np.full(16, -2)), {}, "'timeouts' has 16 values other than 0 and 1"),
+    "no components": (dict(observations=np.zeros((16, 0))), {}, "neither empty"),
+    "no action": (dict(actions=np.zeros((16, 0))), {}, "neither empty"),
+    "no rows": (dict(observations=np.zeros((0, 3)), actions=np.zeros((0, 2)), rewards=np.zeros(0),
+                     terminals=np.zeros(0), timeouts=np.zeros(0)), {}, "found 0 transitions"),
+    "null": (dict(rewards=h5py.Empty("f")), {}, "'rewards' holds nothing"),
+    "successors": (dict(next_observations=np.zeros((16, 2))), dict(use_next_observations=True), "'next_observations'"),
+    "directory": (lambda p: (p / "d.hdf5").mkdir() or p / "d.hdf5", {}, "no such file"),
+    "bounds in number": ({}, dict(action_low=[-1, -1, -1]), "action_low has 3 components, the actions 2"),
+    "bounds in kind": ({}, dict(action_high="wide"), "action_high: could not convert"),
     "lengths": (dict(terminals=np.zeros(5, bool)), {}, "lengths differ.*'terminals': 5"),
     "scalar": (dict(terminals=np.float32(0)), {}, "lengths differ"),
     "text values": (dict(actions=np.full((16, 2), b"a")), {}, "'actions' has dtype"),
-    "outside": (dict(actions=np.full((16, 2), 1.5)), {}, "16 actions lie outside the bounds .*clip_outside"),
+    "outside": (dict(actions=np.full((16, 2), 1.5)), {}, "16 actions lie outside .*action_low .*clip_outside"),
     "discrete": (dict(actions=np.zeros(16, int)), {}, "discrete actions are not supported"),
     "images": (dict(observations=np.zeros((16, 4, 4, 3), np.uint8)), {}, "images"),
     "no time-outs": (dict(timeouts=None), {}, "pass max_episode_steps"),
@@ -255,9 +281,17 @@ BAD_MINARI = {
                 "episode 0 has lengths .*'rewards': 4"),
     "no extra observation": (
         lambda f: replace_array(f["episode_0"], "observations", np.zeros((5, 3))), "one observation more"),
-    "key": (lambda f: f["episode_2"].__delitem__("actions"), "are damaged"),
-    "width": (lambda f: replace_array(f["episode_4"], "observations", np.zeros((7, 4))), "episodes differ in shape"),
-    "text": (lambda f: replace_array(f["episode_0"], "rewards", np.full(5, b"x")), "'rewards of episode 0' has dtype"),
+    "key": (lambda f: f["episode_2"].__delitem__("actions"), "'episode_2/actions' is missing"),
+    "episode": (lambda f: f.__delitem__("episode_4"), "'episode_4' is missing"),
+    "width": (lambda f: replace_array(f["episode_4"], "observations", np.zeros((7, 4))), "expected observations of 3"),
+    "action width": (lambda f: replace_array(f["episode_4"], "actions", np.zeros((6, 3))), "differ in shape"),
+    "flat": (lambda f: replace_array(f["episode_4"], "actions", np.zeros(6)), "vectors of actions"),
+    "half": (lambda f: replace_array(f["episode_0"], "terminations", np.full(5, 0.5)), "values other than 0 and 1"),
+    "three rewards": (lambda f: replace_array(f["episode_0"], "rewards", np.zeros((5, 3))), "one reward a step"),
+    "group": (lambda f: f["episode_1"].move("actions", "a") or f["episode_1"].create_group("actions"), "is a Group"),
+    "array": (lambda f: replace_array(f, "episode_1", np.zeros(3)), "not in a group"),
+    "link": (lambda f: replace_array(f["episode_1"], "actions", h5py.ExternalLink("other.hdf5", "/x")), "is a link"),
+    "text": (lambda f: replace_array(f["episode_0"], "rewards", np.full(5, b"x")), "'episode_0/rewards' has dtype"),
     "outside": (lambda f: f["episode_0/actions"].__setitem__(0, 7.0), "1 actions lie outside"),
 }
 
@@ -339,7 +373,7 @@ def test_group_where_an_array_should_be(root):
     path = write_hdf5(root / "d.hdf5", episodes(), rewards=None)
     with h5py.File(path, "a") as f:
         f.create_group("rewards")
-    with pytest.raises(DataError, match="not a readable HDF5 file"):
+    with pytest.raises(DataError, match="'rewards' is a Group, not an array"):
         load_hdf5(path)
 
 
@@ -348,7 +382,7 @@ def test_download_without_network_is_one_clear_message(monkeypatch):
         raise OSError("network is unreachable")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(minari, "load_dataset", lambda *a, **k: refuse())  # spare the retries
+    monkeypatch.setattr(minari, "download_dataset", refuse)  # spare the retries
     with pytest.raises(DataError, match="could not be downloaded .*check the id and the network") as error:
         load_minari("D4RL/antmaze/umaze-v1", download=True)
     assert error.value.__cause__ is None and error.value.__suppress_context__
@@ -359,7 +393,7 @@ def test_download_without_its_package_names_it(monkeypatch):
     def lacking(*args, **kwargs):
         raise ImportError('please install "minari[hf]"')
 
-    monkeypatch.setattr(minari, "load_dataset", lacking)
+    monkeypatch.setattr(minari, "download_dataset", lacking)
     with pytest.raises(DataError, match=r"minari\[hf\]"):
         load_minari("D4RL/antmaze/umaze-v1", download=True)
 
@@ -603,7 +637,7 @@ def test_another_part_than_the_one_asked_for_is_not_appended(serve, fetch, root)
 
 def test_one_process_fetches_at_a_time(serve, fetch, root):
     (root / "cache").mkdir()
-    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    code = "import filelock, sys; f = filelock.FileLock(sys.argv[1]); f.acquire(); print(flush=True); input()"
     lock = root / "cache" / "hopper_medium-v2.hdf5.lock"
     other = subprocess.Popen([sys.executable, "-c", code, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()
@@ -651,7 +685,7 @@ def test_what_is_not_the_file_is_thrown_away(body, message, serve, fetch, root):
 
 
 @pytest.mark.parametrize("announced, message", [
-    (10**7, "ended after [0-9]+ of 10000000 bytes"), (2000, "is not the file: not a readable HDF5 file")])
+    (10**7, "ended after [0-9]+ of 10000000 bytes"), (2000, "is not the file: .*not a readable HDF5 file")])
 def test_a_size_that_is_not_the_announced_one(announced, message, serve, fetch):
     with pytest.raises(DataError, match=message):
         fetch(serve(announced=announced, ranges=False))
@@ -699,8 +733,8 @@ def test_a_folder_that_cannot_be_written_to_is_no_fault(root, fetch, monkeypatch
     path.parent.mkdir()
     write_hdf5(path, episodes())
     real = Path.write_text
-    monkeypatch.setattr(Path, "write_text", lambda self, *a: (_ for _ in ()).throw(PermissionError("read-only"))
-                        if self.suffix == ".sha256" else real(self, *a))
+    monkeypatch.setattr(Path, "write_text", lambda self, *a, **k: (_ for _ in ()).throw(PermissionError("read-only"))
+                        if self.suffix == ".sha256" else real(self, *a, **k))
     with pytest.warns(UserWarning, match="changes of hopper_medium-v2.hdf5 will not be noticed"):
         assert fetch("http://127.0.0.1:1/") == path
 
@@ -781,10 +815,418 @@ def test_describe(root, capsys):
     assert [a.get_xlabel() for a in figure.axes] == ["return", "length (steps)", "$s_2$", "action"]
     shown = capsys.readouterr().out
     assert all(name in shown for name in summary(data)) and len(shown.splitlines()) == len(summary(data))
-    returns, lengths = (a.patches for a in figure.axes[:2])
-    kept = len(torch.unique(data.episode))
-    assert sum(p.get_height() for p in returns) == sum(p.get_height() for p in lengths) == kept
+    for said in (r"dropped  3\n", r"length_min  1\n", r"length_median  3\n", r"length_max  6\n", r"action_low  -1\n"):
+        assert re.search(said, shown), said
+    returns, lengths = (sum(p.get_height() for p in a.patches) for a in figure.axes[:2])
+    assert returns == len(torch.unique(data.episode)) and lengths == 5      # one had a single row, a time-out
+    plain = replace(data, reward=torch.zeros(len(data)), meta=data.meta | dict(time_limit=4, env_id="Hopper-v5"))
+    describe(plain)
+    shown = capsys.readouterr().out
+    assert re.search(r"environment  Hopper-v5\n(.*\n)*.*warning  all rewards are 0", shown)
+    assert "warning  2 of 5 episodes are longer than the environment's 4 steps" in shown
+    json.dumps(summary(plain))
+    one = Transitions(data.obs[:, :1].contiguous(), data.action, data.reward, data.next_obs[:, :1].contiguous(),
+                      data.terminal, data.episode)
+    describe(one)                                   # of one component: no second to draw it against
     for bad in ((0, 3), (-1, 0)):
         with pytest.raises(ValueError, match="two of 0 to 2"):
             describe(data, coords=bad)
     plt.close("all")
+
+
+# ---- files from strangers
+
+def linked(kind):
+    "A file whose actions lie elsewhere: bytes of a secret file as numbers, where that is possible."
+    def make(p):
+        path, secret = write_hdf5(p / "d.hdf5", episodes(), actions=None), p / "secret"
+        write_hdf5(p / "other.hdf5", episodes())
+        secret.write_bytes(b"0123456789abcdef" * 8)
+        with h5py.File(path, "a") as f:
+            if kind == "external": f.create_dataset("actions", (16, 2), "<f4", external=[(secret, 0, 128)])
+            if kind == "virtual":
+                layout = h5py.VirtualLayout((16, 2), "f8")
+                layout[:] = h5py.VirtualSource(p / "other.hdf5", "actions", (16, 2))
+                f.create_virtual_dataset("actions", layout)
+            if kind == "external link": f["actions"] = h5py.ExternalLink(p / "other.hdf5", "/actions")
+            if kind == "soft link": f["actions"] = h5py.SoftLink("/observations")
+            if kind == "dangling": f["actions"] = h5py.SoftLink("/nowhere")
+        return path
+    return make
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("external", "keeps its values in other files"), ("virtual", "keeps its values in other files"),
+    ("external link", "is a link"), ("soft link", "is a link"), ("dangling", "is a link")])
+def test_what_lies_elsewhere_is_not_read(kind, message, root):
+    with pytest.raises(DataError, match=f"d.hdf5: 'actions' {message}"): load_hdf5(linked(kind)(root))
+
+
+@pytest.mark.parametrize("shape, chunks", [((10**13, 2), (100, 2)), ((16, 10**9), (16, 10)), ((16, 2), (2**26, 2)),
+                                           ((2**23,), (1000,))])
+def test_a_file_cannot_ask_for_more_memory_than_its_size_allows(shape, chunks, root):
+    path = write_hdf5(root / "d.hdf5", episodes(), actions=None)
+    with h5py.File(path, "a") as f:
+        if len(shape) == 1:                          # equal lengths, all of them fill values
+            for key in list(f): del f[key]
+            for key in ("rewards", "terminals", "timeouts"): f.create_dataset(key, shape, "f4", chunks=chunks)
+            f.create_dataset("observations", (*shape, 3), "f4", chunks=(1000, 3))
+            shape, chunks = (*shape, 2), (1000, 2)
+        f.create_dataset("actions", shape, "f4", chunks=chunks, maxshape=(None, None))
+    with pytest.raises(DataError, match="room for|lengths differ"): load_hdf5(path)
+
+
+def test_compressed_files_have_room(root):
+    big, T = root / "d.hdf5", 400_000
+    with h5py.File(big, "w") as f:
+        for key, width in dict(observations=(3,), actions=(2,), rewards=(), terminals=(), timeouts=()).items():
+            f.create_dataset(key, data=np.zeros((T, *width), np.float32), compression="gzip")
+    assert big.stat().st_size < 200_000
+    with pytest.warns(DataWarning, match="all rewards are 0"): assert len(load_hdf5(big)) == T - 1
+
+
+@pytest.mark.parametrize("kind", [">f8", ">f4", "<f2", "g", ">i2", "u1", "?"])
+def test_numbers_of_any_machine(kind, root):
+    buffers = episodes()
+    obs = np.round(np.concatenate([e.observations[:-1] for e in buffers])).clip(0, 1)
+    data = load_hdf5(write_hdf5(root / "d.hdf5", buffers, observations=obs.astype(kind)), max_episode_steps=99)
+    expected = load_hdf5(write_hdf5(root / "e.hdf5", buffers, observations=obs.astype(np.float32)))
+    assert torch.equal(data.obs, expected.obs)
+    assert torch.equal(load_hdf5(write_hdf5(root / "d.hdf5", buffers, timeouts=None, terminals=np.concatenate(
+        [e.terminations | e.truncations for e in buffers]).astype(kind)), 99).terminal.sum(), torch.tensor(5.0))
+
+
+@pytest.mark.parametrize("name", ["mit Leerzeichen.hdf5", "данные-数据.hdf5", "CAPITALS.HDF5", "x.H5"])
+def test_paths_of_all_kinds(name, root, monkeypatch):
+    write_hdf5(root / name, episodes())
+    monkeypatch.setenv("HOME", str(root))
+    monkeypatch.setenv("USERPROFILE", str(root))
+    assert len(load(root / name)) == len(load(f"~/{name}")) == 13 and is_file(f"~/{name}")
+
+
+ODD = [lambda rng: np.zeros((16, 2), complex), lambda rng: np.zeros((16, 2), "S3"), lambda rng: np.zeros((16, 2), "g"),
+       lambda rng: np.zeros((16, 2), [("a", "f4")]), lambda rng: np.float64(rng.normal()), lambda rng: h5py.Empty("f8"),
+       lambda rng: np.zeros(tuple(rng.integers(0, 17, rng.integers(0, 4)))), lambda rng: np.full(16, np.nan),
+       lambda rng: h5py.SoftLink("/no/where"), lambda rng: h5py.ExternalLink("none.h5", "/x"), lambda rng: None,
+       lambda rng: h5py.SoftLink("/rewards"), lambda rng: rng.normal(size=(16, 1)).astype(">f4"), lambda rng: "text",
+       lambda rng: np.zeros((16, 2), h5py.enum_dtype({"a": 0, "b": 1})), lambda rng: np.dtype("f4")]
+
+
+def spoil(path, rng):
+    "One fault of a random kind in an HDF5 file: bits, length, a stretch overwritten, an object exchanged."
+    kind, body = rng.integers(5), bytearray(path.read_bytes())
+    if kind < 3:
+        head = rng.integers(2)                       # half of them where the structure is
+        end = min(2200, len(body)) if head else len(body)
+        for _ in range(rng.integers(1, 9)): body[rng.integers(end)] ^= 1 << rng.integers(8)
+        if kind == 1: del body[rng.integers(len(body)):]
+        if kind == 2:
+            at = rng.integers(len(body))
+            body[at: at + rng.integers(1, 64)] = bytes(rng.integers(0, 256, rng.integers(0, 64), np.uint8))
+        return path.write_bytes(body)
+    with h5py.File(path, "a") as f:
+        names = []
+        f.visit(names.append)
+        name = names[rng.integers(len(names))]
+        del f[name]
+        new = ODD[rng.integers(len(ODD))](rng)
+        if new is None: f.create_group(name)
+        else: f[name] = new
+
+
+FUZZ = int(os.environ.get("BDPO_LIT_FUZZ", 300))    # how many spoilt files; set more for an hour of them
+FROM = int(os.environ.get("BDPO_LIT_FUZZ_FROM", 0))
+
+
+@pytest.mark.parametrize("what", ["hdf5", "minari"])
+def test_spoilt_files_are_read_or_refused_by_name(what, root):
+    write_minari("toy/spoilt-v0", episodes())
+    path = {"hdf5": write_hdf5(root / "spoilt.hdf5", episodes()),
+            "minari": minari.storage.get_dataset_path("toy/spoilt-v0") / "data" / "main_data.hdf5"}[what]
+    name, whole, read = {"hdf5": path, "minari": "toy/spoilt-v0"}[what], path.read_bytes(), 0
+    for seed in range(FROM, FROM + FUZZ // 2):
+        path.write_bytes(whole)
+        spoil(path, np.random.default_rng(seed))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                read += len(load(name)) > 0
+        except DataError as e: assert str(name) in str(e), seed
+        except Exception as e: raise AssertionError(f"seed {seed}: {type(e).__name__}: {e}") from e
+    assert 0 < read < FUZZ // 2                      # a bit in a number may pass, most do not
+    print(f"{read} of {FUZZ // 2} read")
+
+
+# ---- tables of one's own
+
+def columns(buffers):
+    column = lambda get: np.concatenate([get(e) for e in buffers])
+    return dict(observations=column(lambda e: e.observations[:-1]), actions=column(lambda e: e.actions),
+                rewards=column(lambda e: e.rewards), terminals=column(lambda e: e.terminations),
+                timeouts=column(lambda e: e.truncations))
+
+
+FIELDS = ("obs", "action", "reward", "next_obs", "terminal", "episode")
+
+
+def same(a, b): return all(torch.equal(getattr(a, k), getattr(b, k)) for k in FIELDS)
+
+
+def test_arrays_files_and_npz_are_one(root):
+    table = columns(episodes())
+    np.savez(root / "d.npz", **table)
+    np.savez_compressed(root / "e.npz", **table)
+    (root / "e.npz").rename(root / "E.NPZ")
+    data = load_hdf5(write_hdf5(root / "d.hdf5", episodes()))
+    assert all(same(data, x) for x in (from_arrays(**table), load(root / "d.npz"), load(str(root / "E.NPZ")),
+                                       from_arrays(**{k: torch.from_numpy(x) for k, x in table.items()}),
+                                       from_arrays(**{k: x.tolist() for k, x in table.items()})))
+    assert (data.meta["id"], from_arrays(**table, name="mine").meta["id"]) == ("d", "mine")
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(observations=[[1.0], [2.0, 3.0]]), "'observations' is no array"),
+    (dict(actions=[[object()]] * 16), "'actions' has dtype object"),
+    (dict(rewards=np.zeros(3)), "mine: lengths differ"),
+    (dict(timeouts=None), "has no 'timeouts'; pass max_episode_steps"),
+    (dict(terminals=np.full(16, 7)), "values other than 0 and 1"),
+    (dict(action_low=[0, 0, 0]), "action_low has 3"),
+    (dict(time_limit=0), "time_limit must be at least 1"),
+])
+def test_arrays_are_checked_like_files(change, message):
+    with pytest.raises(DataError, match=f"mine: .*{message}|mine: {message}|{message}"):
+        from_arrays(**columns(episodes()) | change, name="mine")
+
+
+def test_bounds_of_one_component_each():
+    table = columns(episodes())
+    wide = table | dict(actions=table["actions"] * [2, 5])
+    with pytest.raises(DataError, match="pass action_low and action_high"): from_arrays(**wide)
+    data = from_arrays(**wide, action_low=[-2, -5], action_high=(2, 5))
+    assert data.meta["action_high"].tolist() == [2, 5] and data.action.abs().max() > 1
+    assert len(from_arrays(**wide, action_low=-5, action_high=5)) == 13
+
+
+def test_bounds_of_a_file(root):
+    path = write_hdf5(root / "d.hdf5", episodes(), actions=np.linspace(-1.9, 1.9, 32).reshape(16, 2))
+    with pytest.raises(DataError, match="--action-low, --action-high"): load(path)
+    assert load(path, action_low=-2, action_high=2).meta["action_low"].tolist() == [-2, -2]
+
+
+def test_successors_tell_episodes_where_marks_lack():
+    buffers = episodes()
+    following = np.concatenate([e.observations[1:] for e in buffers])
+    table = columns(buffers) | dict(timeouts=None, next_observations=following)
+    data = from_arrays(**table)
+    assert len(data) == 16 and episode_lengths(data).tolist() == [5, 3, 1, 1, 6] and data.meta["dropped"] == 0
+    order = np.random.default_rng(1).permutation(16)
+    shuffled = from_arrays(**{k: None if x is None else x[order] for k, x in table.items()})
+    assert len(shuffled) == 16 and len(episode_lengths(shuffled)) >= 14
+
+
+def test_a_limit_is_obeyed_where_some_time_outs_are_marked(root):
+    rng = np.random.default_rng(0)
+    buffers = [episode(10, False, rng) for _ in range(4)]
+    marks = np.concatenate([e.truncations for e in buffers])
+    marks[[19, 39]] = False
+    path = write_hdf5(root / "d.hdf5", buffers, timeouts=marks)
+    data = load_hdf5(path, max_episode_steps=10)
+    assert len(data) == 36 and len(episode_returns(data)) == 4 and not data_warnings(data)
+    with pytest.warns(DataWarning, match="1 of 3 episodes are longer than the environment's 10 .*the longest has 20"):
+        judged = load_hdf5(path, time_limit=10)      # the environment's: marks decide, but nobody is left in the dark
+    assert len(judged) == 37 and summary(judged)["length_max"] == 20
+
+
+def test_warnings_name_what_misleads():
+    table = columns(episodes())
+    with pytest.warns(DataWarning, match="mine: all rewards are 0; there is nothing to learn"):
+        from_arrays(**table | dict(rewards=np.zeros(16)), name="mine")
+    with pytest.warns(DataWarning, match="all rewards are 1; only the ends of episodes"):
+        from_arrays(**table | dict(rewards=np.ones(16)))
+    still = table["actions"].copy()
+    still[:, 1] = 0.25
+    with pytest.warns(DataWarning, match=r"components of the action that never change: 1 \(0.25\)"):
+        from_arrays(**table | dict(actions=still))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert data_warnings(from_arrays(**table)) == []
+
+
+def test_lengths_of_a_part_are_counted():
+    data = from_arrays(**columns(episodes()))
+    part = replace(data, **{k: getattr(data, k)[:6] for k in FIELDS})
+    assert episode_lengths(data).tolist() == [5, 3, 1, 1, 6] and episode_lengths(part).tolist() == [4, 2]
+
+
+# ---- OGBench
+
+def ogbench(goal_at=None):
+    "Two recordings in a row as OGBench's files have them: one row more than steps, terminals at the last."
+    rng = np.random.default_rng(0)
+    last = np.isin(np.arange(12), (4, 11))
+    masks = np.ones(12, np.float32)
+    masks[goal_at or []] = 0
+    return dict(observations=rng.normal(size=(12, 3)).astype(np.float32), actions=rng.uniform(-1, 1, (12, 2)),
+                terminals=last.astype(np.float32), rewards=masks * -1.0, masks=masks, qpos=rng.normal(size=(12, 9)))
+
+
+def their_regular(raw):
+    "ogbench.load_dataset(compact_dataset=False), told row by row."
+    end = raw["terminals"].astype(bool)
+    rows = [t for t in range(len(end)) if not end[t]]
+    return {k: raw[k][rows] for k in ("observations", "actions", "rewards", "masks")} | dict(
+        next_observations=raw["observations"][[t + 1 for t in rows]], terminals=np.float32([end[t + 1] for t in rows]))
+
+
+def their_compact(raw):
+    end = raw["terminals"]
+    return raw | dict(valids=1 - end, terminals=np.minimum(end + np.r_[end[1:], 1.0], 1.0))
+
+
+@pytest.mark.parametrize("goal_at", [None, [2], [3, 4], [10], [11]])
+def test_ogbench_in_all_its_forms(goal_at, root):
+    raw = ogbench(goal_at)
+    loaded = []
+    for k, form in enumerate((lambda r: r, their_regular, their_compact)):
+        np.savez(root / f"{k}.npz", **form(raw))
+        loaded.append(load(root / f"{k}.npz"))
+    data, expected = loaded[0], their_regular(raw)
+    assert same(data, loaded[1]) and same(data, loaded[2])
+    np.testing.assert_array_equal(data.obs, expected["observations"])
+    np.testing.assert_array_equal(data.next_obs, expected["next_observations"])
+    np.testing.assert_array_equal(data.terminal, 1 - expected["masks"])
+    if goal_at is None: assert episode_lengths(data).tolist() == [4, 6] and not data.terminal.any()
+
+
+@pytest.mark.parametrize("lacks, message", [
+    ("rewards", "lacks rewards; found .*of OGBench .*singletask"), ("masks", "lacks masks; .*singletask"),
+    ("terminals", "lacks terminals")])
+def test_ogbench_without_a_task(lacks, message, root):
+    np.savez(root / "d.npz", **{k: x for k, x in ogbench().items() if k != lacks})
+    with pytest.raises(DataError, match=message): load(root / "d.npz")
+
+
+def packed(p, **arrays):
+    np.savez(p / "d.npz", **arrays)
+    return p / "d.npz"
+
+
+BAD_NPZ = {
+    "missing": (lambda p: p / "none.npz", "none.npz: no such file"),
+    "text": (lambda p: touch(p / "d.npz", b"hello" * 99), "not a readable .npz"),
+    "truncated": (lambda p: touch(p / "d.npz", packed(p, **columns(episodes())).read_bytes()[:-300]), "not a readable"),
+    "pickled": (lambda p: packed(p, **columns(episodes()) | dict(rewards=np.array([{}] * 16))), "not a readable .npz"),
+    "successors": (lambda p: packed(p, **columns(episodes()), next_observations=np.zeros((16, 2))), "'next_observ"),
+    "masks": (lambda p: packed(p, **ogbench() | dict(masks=np.full(12, 0.5))), "'masks' has 12 values other than 0"),
+    "short masks": (lambda p: packed(p, **ogbench() | dict(masks=np.ones(3))), "lengths differ"),
+    "scalar": (lambda p: packed(p, **columns(episodes()) | dict(rewards=0.0)), "lengths differ"),
+    "bomb": (lambda p: bomb(p / "d.npz"), "room for"),
+}
+
+
+def bomb(path):
+    np.savez_compressed(path, **columns(episodes()) | dict(observations=np.zeros((20_000_000, 1))))
+    return path
+
+
+@pytest.mark.parametrize("case", BAD_NPZ)
+def test_bad_npz(case, root):
+    make, message = BAD_NPZ[case]
+    with pytest.raises(DataError, match=message) as error: load(make(root))
+    assert ".npz" in str(error.value) and error.value.__cause__ is None
+
+
+@pytest.mark.parametrize("name, message", [
+    ("d.hdf5.gz", "'.gz' are not read, only .hdf5, .h5 and .npz; unpack it first"),
+    ("d.zip", "unpack it first"), ("d.pkl", "from_arrays, or keep them with np.savez"), ("d.CSV", "'.csv' are not"),
+    ("plain", "'no ending' are not read")])
+def test_files_of_other_kinds(name, message, root):
+    with pytest.raises(DataError, match=message): load(touch(root / name, b"x"))
+
+
+# ---- what a Minari set says of itself
+
+def amend(name, **changes):
+    path = minari.storage.get_dataset_path(name) / "data" / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def box(shape, low, high): return json.dumps(dict(type="Box", dtype="float32", shape=shape, low=low, high=high))
+
+
+@pytest.mark.parametrize("claim, message", [
+    (dict(total_episodes=10**13), "claims 10000000000000 episodes"), (dict(total_episodes=-1), "claims -1"),
+    (dict(total_episodes="5"), "claims 5"), (dict(total_episodes=10_000), "'episode_5' is missing"),
+    (dict(data_format="csv"), "unknown format"), (dict(minari_version="9.9.9"), "was written by Minari 9.9.9"),
+    (dict(ref_min_score="low"), "must be numbers"), (dict(observation_space="[]"), "spaces cannot be read"),
+    (dict(observation_space=box([10**13], 0.0, 1.0)), "spaces cannot be read"),
+    (dict(observation_space=box([0], [], [])), "only vectors of floats"),
+    (dict(observation_space=box([2], [0, 0], [1, 1])), "expected observations of 2 components"),
+    (dict(observation_space=json.dumps(dict(type="Dict", subspaces={}))), "only vectors of floats"),
+    (dict(action_space=box([1], [-1], [1])), "the action space 1"),
+])
+def test_impossible_claims_are_refused_at_once(claim, message):
+    write_minari("toy/claims-v0", episodes())
+    amend("toy/claims-v0", **claim)
+    with pytest.raises(DataError, match=f"toy/claims-v0.*{message}"): load("toy/claims-v0")
+
+
+SPEC_028 = (
+    '{"id": "Pendulum-v1", "entry_point": "gymnasium.envs.classic_control.pendulum:PendulumEnv",'
+    ' "reward_threshold": null, "nondeterministic": false,'
+    ' "max_episode_steps": 200, "order_enforce": true, "autoreset": false,'
+    ' "disable_env_checker": false, "apply_api_compatibility": false, "kwargs": {}, "additional_wrappers": [],'
+    ' "vector_entry_point": null}')
+
+
+def pendulum(name, T=40, **claims):
+    rng = np.random.default_rng(0)
+    buffers = [episode(T, False, rng, actions=rng.uniform(-2, 2, (T, 1))) for _ in range(3)]
+    write_minari(name, buffers, act=gym.spaces.Box(-2, 2, (1,)), env="Pendulum-v1")
+    amend(name, **claims)
+    return load(name)
+
+
+@pytest.mark.parametrize("spec", [
+    SPEC_028, SPEC_028.replace(", ", ","), SPEC_028.replace("reset\": false", "reset\": true")])
+def test_specifications_of_older_gymnasiums(spec):
+    data = pendulum("toy/old-v0", env_spec=spec)
+    assert (data.meta["env_id"], data.meta["time_limit"], data_warnings(data)) == ("Pendulum-v1", 200, [])
+    assert gym.make(known_spec(data.meta["env_spec"])).observation_space.shape == (3,)
+    assert read_spec(spec) == known_spec(spec)
+
+
+def test_older_sets_without_spaces_have_those_of_their_environment():
+    pendulum("toy/old-v0", env_spec=SPEC_028)
+    path = minari.storage.get_dataset_path("toy/old-v0") / "data" / "metadata.json"
+    stored = json.loads(path.read_text())
+    del stored["observation_space"]
+    path.write_text(json.dumps(stored))
+    assert load("toy/old-v0").meta["action_high"].tolist() == [2]
+
+
+def test_a_specification_from_a_stranger_runs_nothing(root):
+    evil = json.loads(SPEC_028) | dict(entry_point="os:system", kwargs=dict(command=f"touch {root}/owned"))
+    with pytest.raises(DataError, match="Pendulum-v1.*not under this name.*--env"): known_spec(json.dumps(evil))
+    path = minari.storage.get_dataset_path("toy/evil-v0") / "data" / "metadata.json"
+    with pytest.raises(DataError, match="spaces cannot be read .*--env"):
+        pendulum("toy/evil-v0", env_spec=json.dumps(evil), observation_space=None)
+    assert path.exists() and not (root / "owned").exists()
+
+
+def test_a_specification_that_cannot_be_read_is_no_obstacle_but_said():
+    with pytest.warns(DataWarning, match="not the specification of an environment.*--env"):
+        data = pendulum("toy/lost-v0", env_spec="{}")
+    assert data.meta["env_id"] is None and len(data) == 120
+
+
+def test_episodes_longer_than_the_judge_allows():
+    short = json.dumps(json.loads(SPEC_028) | dict(max_episode_steps=30))
+    with pytest.warns(DataWarning, match="3 of 3 episodes are longer than the environment's 30 steps"):
+        data = pendulum("toy/long-v0", env_spec=SPEC_028, eval_env_spec=short)
+    assert data.meta["time_limit"] == 30 and len(data) == 120
+
+
+def test_a_scale_by_environment_is_no_reference_of_the_data():
+    assert environment_scores("Hopper-v5") == reference_scores("hopper-medium-v2")
+    with pytest.raises(ValueError, match="D4RL has no scale for 'Ant-v5'"): environment_scores("Ant-v5")

@@ -1,5 +1,7 @@
 """Playing policies: independence of batching, exact bookkeeping, scores and intervals."""
 
+import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -9,21 +11,26 @@ import gymnasium_robotics
 import minari
 import numpy as np
 import pytest
+import torch
 from minari.data_collector import EpisodeBuffer
 from PIL import Image
 
 import bdpo_lit.offline.evaluation as evaluation
 from bdpo_lit.algorithm.bdpo import BDPO, BDPOConfig
-from bdpo_lit.offline.data import D4RL_REFERENCES, episode_returns, load_minari, reference_scores
+from bdpo_lit.offline.data import D4RL_REFERENCES, Transitions, episode_returns, load_minari, reference_scores
 from bdpo_lit.offline.evaluation import (
+    CannotDraw,
+    EnvError,
     aggregate,
     bootstrap_interval,
     episode_seeds,
     evaluate,
+    fit_gaussian,
     iqm,
     normalized_score,
     record_video,
     score_table,
+    t_interval,
     vectorize,
 )
 from bdpo_lit.offline.maze import WaypointController, make_maze_env, play, random_policy
@@ -35,8 +42,8 @@ class Walk(gym.Env):
     action_space = gym.spaces.Box(-1, 1, (1,))
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
 
-    def __init__(self, report=True, endless=False):
-        self.report, self.endless = report, endless
+    def __init__(self, report=True, endless=False, fault=None):
+        self.report, self.endless, self.fault = report, endless, fault
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -49,7 +56,12 @@ class Walk(gym.Env):
         self.x = self.x + self.np_random.normal(size=2).astype(np.float32)
         end = self.t >= self.length and not self.endless
         info = {"success": self.t == 3} if self.report else {}
-        return self.x.copy(), float(action[0] + self.x[1]), end and self.t % 2 == 0, end and self.t % 2 == 1, info
+        if self.fault == "raises": raise ZeroDivisionError("the simulator\nis broken")
+        if self.fault == "exits": raise SystemExit(3)
+        obs = np.full(2, np.nan, np.float32) if self.fault == "nan obs" else self.x.copy()
+        paid = {None: float(action[0] + self.x[1]), "nan": np.nan, "inf": np.inf, "none": None, "pair": np.ones(2)}
+        reward = paid.get(self.fault, 0.0)
+        return obs, reward, end and self.t % 2 == 0, end and self.t % 2 == 1, info
 
 
 def policy(obs):
@@ -159,6 +171,50 @@ def test_unsupported_settings(monkeypatch):
     monkeypatch.setattr(evaluation, "MAX_STEPS", 50)
     with pytest.raises(ValueError, match="time limit"):
         evaluate(policy, lambda: Walk(endless=True), 2)
+
+
+@pytest.mark.parametrize("fault, message", [
+    ("raises", "^the environment Walk failed in step with ZeroDivisionError: the simulator$"),
+    ("exits", "Walk failed in step with SystemExit: 3"),
+    ("pair", "Walk failed in step with ValueError: setting an array element"),
+    ("nan obs", "Walk returned an observation with NaN or infinite numbers"),
+])
+def test_environments_that_fail_are_named_in_one_line(fault, message):
+    with pytest.raises(EnvError, match=message) as e:
+        evaluate(policy, lambda: Walk(fault=fault), 2)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("fault", ["nan", "inf", "none"])
+def test_a_reward_that_is_no_number_makes_the_return_nan(fault):
+    assert np.isnan(evaluate(policy, lambda: Walk(fault=fault), 3).returns).all()
+
+
+def test_an_environment_with_its_own_limit_may_take_longer(monkeypatch):
+    monkeypatch.setattr(evaluation, "MAX_STEPS", 50)
+    gym.register("test/Long-v0", lambda: Walk(endless=True), max_episode_steps=80)
+    assert (evaluate(policy, lambda: gym.make("test/Long-v0", disable_env_checker=True), 2).lengths == 80).all()
+    with pytest.raises(EnvError, match="an episode in Walk passed 50 steps; the environment needs a time limit"):
+        evaluate(policy, lambda: Walk(endless=True), 2)
+
+
+def test_gaussian_clone_of_a_known_rule():
+    g = torch.Generator().manual_seed(0)
+    obs = torch.rand(2000, 2, generator=g)
+    action = (obs[:, :1] - 0.5 + 0.1 * torch.randn(2000, 1, generator=g)).clamp(-1, 1)
+    zeros = torch.zeros(2000)
+    data = Transitions(obs, action, zeros, obs, zeros, torch.arange(2000))
+    play = fit_gaussian(data, steps=800, hidden=(32,))
+    drawn = play(np.tile(np.float32([[0.9, 0.5]]), (4000, 1)))
+    assert drawn.mean() == pytest.approx(0.4, abs=0.05) and drawn.std() == pytest.approx(0.1, rel=0.4)
+    assert play.num_actions == 1 and np.abs(drawn).max() <= 1
+
+
+def test_t_interval_is_students():
+    x = [1.0, 2.0, 4.0]
+    half = 4.302653 * np.std(x, ddof=1) / 3**0.5           # of the tables, two degrees of freedom
+    np.testing.assert_allclose(t_interval(x), (np.mean(x) - half, np.mean(x) + half), rtol=1e-6)
+    assert np.isnan(t_interval([1.0])).all()
 
 
 def test_environments_are_closed_when_the_policy_fails(monkeypatch):
@@ -333,7 +389,7 @@ def test_video_shows_the_episode_that_evaluate_plays(tmp_path, can_render):
 def test_video_of_bad_arguments(tmp_path):
     for make, path, every, message in (
         (hopper, "a.gif", 4, r'render_mode=None; build it with gym.make\(..., render_mode="rgb_array"\)'),
-        (hopper, "a.mp4", 4, "need a .gif"), (hopper, "a.gif", 0, "every >= 1"),
+        (hopper, "a.avi", 4, "need a .gif or .mp4"), (hopper, "a.gif", 0, "every >= 1"),
     ):
         with pytest.raises(ValueError, match=message):
             record_video(random_policy(), make, tmp_path / path, every=every)
@@ -346,6 +402,23 @@ def test_video_where_nothing_can_be_rendered(tmp_path, run):
         record_video(lambda o: o[:, :3], lambda: gym.make("Hopper-v5", render_mode="rgb_array"), "x.gif")"""
     done = run(sys.executable, "-c", program, cwd=tmp_path, check=False, MUJOCO_GL="disabled",
                PYTHONPATH=str(Path(evaluation.__file__).parent.parent))
-    said = [line for line in done.stderr.splitlines() if line.startswith("RuntimeError: cannot render here")]
+    said = [line for line in done.stderr.splitlines() if "CannotDraw: cannot render here" in line]
     assert done.returncode == 1 and len(said) == 1 and "MUJOCO_GL=egl" in said[0]
     assert not (tmp_path / "x.gif").exists()
+
+
+def test_mp4_shows_the_same_film(tmp_path, can_render):
+    ffmpeg = shutil.which("ffmpeg") or pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe()
+    make, path = lambda: hopper(render_mode="rgb_array", width=97, height=65), tmp_path / "ünï dir" / "hop.mp4"  # noqa: E731
+    record_video(lambda obs: np.zeros((len(obs), 3)), make, path, 4, every=4, size=97)
+    raw = subprocess.run([ffmpeg, "-loglevel", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"],
+                         capture_output=True, check=True).stdout
+    frames = np.frombuffer(raw, np.uint8).reshape(-1, 64, 96, 3)         # an odd row and column are cut
+    assert len(frames) > 2 and all(f.std() > 5 for f in frames)
+
+
+def test_mp4_without_ffmpeg_is_one_sentence_before_anything_is_played(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(CannotDraw, match="ffmpeg, which is not installed: pip install imageio-ffmpeg, or ask for a"):
+        record_video(policy, pytest.fail, tmp_path / "a.mp4")

@@ -92,7 +92,7 @@ def test_metadata_is_complete_and_names_no_local_path(root):
     for key in ("author", "description", "code_permalink", "algorithm_name", "eval_env_spec", "requirements"):
         assert stored[key], key
     chapter = stored["code_permalink"].partition("/blob/main/")[2]
-    assert chapter == "nbs/offline/13_maze.ipynb"
+    assert chapter == "nbs/offline/14_maze.ipynb"
     assert (Path(__file__).resolve().parent.parent / chapter).is_file()
     text = (root / SMALL / "data" / "metadata.json").read_text()
     assert str(root) not in text and os.path.expanduser("~") + "/" not in text
@@ -296,7 +296,7 @@ def test_default_id_is_the_documented_one():
 
 
 def test_results_were_made_with_the_presets_of_today():
-    made_with = dict(long={"actor_decay_steps": 7500}, short={})              # chapter 18 says so
+    made_with = dict(long={"actor_decay_steps": 7500}, short={})              # chapter 20 says so
     for name in PRESETS.keys() & made_with.keys():
         found = json.loads((RESULTS / f"maze_{name}.json").read_text())
         assert found

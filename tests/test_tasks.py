@@ -71,7 +71,8 @@ NOT_IN_THE_TABLES = dict(  # official code, or ours alone
     q_layer_norm=lambda name: name.startswith("antmaze"), v_layer_norm=lambda name: True,
     actor_decay_steps=lambda name: 2_000_000, critic_decay_steps=lambda name: 2_000_000,
     normalize_obs=lambda name: False, how=lambda name: "sample" if name == "antmaze-umaze-diverse-v0" else "best")
-OURS = {"seed", "device", "compile", "log_every", "eval_every", "save_every"}  # no result depends on them
+# no result depends on them, or not where eta is a number
+OURS = {"seed", "device", "compile", "log", "log_every", "eval_every", "save_every", "nats_per_dim"}
 
 
 def exception(cell, name):
@@ -231,24 +232,27 @@ def test_what_a_file_may_name(tmp_path, monkeypatch):
     data = pendulum()
     data.meta["env_id"] = "stranger:Pendulum-v1"                # as a data set may have it
     list(Training(data, PLAN, TINY, None, run).run())
-    with pytest.raises(RunError, match="would import stranger; name it yourself"): judge_run(run, 1)
+    with pytest.raises(RunError, match="name it yourself: --env stranger:Pendulum-v1"): judge_run(run, 1)
     with pytest.raises(SystemExit, match="imported"): judge_run(run, 1, env="stranger:Pendulum-v1")
     for env in ("Pendulum-v1", "bdpo_lit.offline.maze:bdpo/PointMazeUMazeHidden-v0", HOPPER):
         env_maker(env, from_file=True)
 
 
-def test_a_run_remembers_the_package_that_was_named(tmp_path, monkeypatch):
+def test_a_module_that_a_run_names_is_imported_only_when_it_is_typed(tmp_path, monkeypatch):
     pendulum_env = "gymnasium.envs.classic_control:PendulumEnv"
     (tmp_path / "mine.py").write_text("from gymnasium import register\n"
                                       f"register('Mine-v0', {pendulum_env!r}, max_episode_steps=5)")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)                                    # a module in the working folder
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     run, make = tmp_path / "run", env_maker("mine:Mine-v0")
     t = Training(pendulum(), PLAN, TINY, make, run, about=dict(env="mine:Mine-v0"))
     list(t.run())
     assert {e["env"] for e in t.evaluations} == {"Mine-v0"}
     Training(pendulum(), PLAN, TINY, None, run, resume=True, about=dict(env=None))     # whoever resumes need not say it
     del gym.registry["Mine-v0"], sys.modules["mine"]
-    assert judge_run(run, 1)["env_id"] == "Mine-v0"
+    with pytest.raises(RunError, match="whose use would import mine"): judge_run(run, 1)
+    assert "mine" not in sys.modules
+    assert judge_run(run, 1, env="mine:Mine-v0")["env_id"] == "Mine-v0"
 
 
 def test_specifications_with_known_wrappers():
@@ -294,6 +298,35 @@ def test_judge_plays_last_and_best_as_they_are(tmp_path):
     assert judge_run(tmp_path, 3, 6)["last"] != result["last"]
     sampled = judge_run(tmp_path, 3, 5, how="sample", num_actions=7)
     assert (sampled["how"], sampled["num_actions"]) == ("sample", 1) and sampled["last"] != result["last"]
+
+
+def test_any_checkpoint_and_either_policy_can_be_judged(tmp_path):
+    make = env_maker(gym.make("Pendulum-v1", max_episode_steps=20).spec.to_json())
+    t = Training(pendulum(), PLAN, TINY, make, tmp_path / "run")
+    list(t.run())
+    last = judge_run(tmp_path / "run", 2, env="Pendulum-v1")["last"]
+    assert judge_run(tmp_path / "run" / "last.pt", 2, env="Pendulum-v1")["last"] == last
+    away = tmp_path / "away.pt"                                     # all by itself, without a config.json
+    (tmp_path / "run" / "last.pt").rename(away)
+    with pytest.raises(RunError, match="does not say where"): judge_run(away)
+    assert judge_run(away, 2, env="Pendulum-v1", num_actions=2)["away"]["returns"] == last["returns"]
+    nu = judge_run(away, 2, env="Pendulum-v1", learner="behavior")
+    assert (nu["how"], nu["num_actions"], nu["policies"]) == ("sample", 1, ["away"])
+    played = evaluate(t.agent.policy("sample", learner="behavior", seed=1000), env_maker("Pendulum-v1"), 2, seed=1000)
+    assert nu["away"]["returns"] == played.returns.tolist()
+    assert judge_run(away, 2, how="best", env="Pendulum-v1", learner="behavior")["num_actions"] == 10
+    with pytest.raises(ValueError, match="num_actions must be at least 1, got 0"):
+        judge_run(away, env="Pendulum-v1", num_actions=0)
+
+
+def test_another_environment_has_to_fit_in_size_and_in_bounds(tmp_path):
+    list(Training(pendulum(), PLAN, TINY, None, tmp_path).run())
+    narrow = lambda **kwargs: gym.wrappers.RescaleAction(gym.make("Pendulum-v1"), -1, 1)  # noqa: E731
+    gym.register("Narrow-v0", narrow, max_episode_steps=5)
+    try:
+        with pytest.raises(RunError, match="Narrow-v0 takes actions between .*-1.* act between .*-2"):
+            judge_run(tmp_path, env="Narrow-v0")
+    finally: del gym.registry["Narrow-v0"]
 
 
 def test_judge_without_a_best_or_without_a_place(tmp_path):

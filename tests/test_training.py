@@ -5,6 +5,7 @@ import itertools
 import os
 import pickle
 import signal
+import sqlite3
 import sys
 import threading
 import time
@@ -22,7 +23,7 @@ import bdpo_lit.evidence.demo as maze_demo
 import bdpo_lit.offline.training as training
 import bdpo_lit.reference.command_line as command_line
 from bdpo_lit.algorithm.bdpo import BDPO, BDPOConfig
-from bdpo_lit.offline.data import DataError, Transitions
+from bdpo_lit.offline.data import DataError, Transitions, scale_reward
 from bdpo_lit.offline.evaluation import episode_seeds, vectorize
 from bdpo_lit.offline.training import (
     METRICS,
@@ -30,13 +31,23 @@ from bdpo_lit.offline.training import (
     TrainConfig,
     Training,
     TrainingDiverged,
+    advice,
+    best_evaluation,
+    contest,
     draw_runs,
+    export_policy,
     load_agent,
     load_checkpoint,
     read_column,
     read_config,
+    read_scoreboard,
     save_checkpoint,
+    scoreboard,
+    show_scoreboard,
+    show_seeds,
     stop_after_step,
+    surely_below,
+    train_seeds,
     watch,
 )
 
@@ -46,7 +57,7 @@ PLAN = TrainConfig(pretrain_steps=33, train_steps=40, batch_size=8, seed=3, devi
                    eval_episodes=3, num_actions=2, save_every=7)
 
 
-KILL, INT, TERM = signal.SIGKILL, signal.SIGINT, signal.SIGTERM
+KILL, INT, TERM = getattr(signal, "SIGKILL", None), signal.SIGINT, signal.SIGTERM
 
 
 class Walk(gym.Env):
@@ -221,9 +232,9 @@ def test_tensorboard_shows_each_number_once(through, tmp_path):
             if (p.phase, p.step) == ("train", 25): break
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "train")).Reload()
     assert [e.step for e in events.Scalars("q/mean")] == [10, 20], "a kill after a save must not lose what was logged"
-    t._log("train", 40, dict.fromkeys(METRICS, 1.0))  # step 25 has no row; steps 30 and 40 are written and then lost:
-    for t.steps["train"] in (30, 40): t._log("train", 40, dict.fromkeys(METRICS, 1e9))
-    for w in t.writers.values(): w.flush()
+    names = [name for name in METRICS if name != "eta"]
+    t._log("train", 40, dict.fromkeys(names, 1.0))  # step 25 has no row; steps 30 and 40 are written and then lost:
+    for t.steps["train"] in (30, 40): t._log("train", 40, dict.fromkeys(names, 1e9))
     time.sleep(1.1)  # TensorBoard orders files by the second
     finish(tmp_path / "run")
     show = lambda events, tag: [(e.step, e.value) for e in events.Scalars(tag)]  # noqa: E731
@@ -516,6 +527,12 @@ def test_full_disk(tmp_path):
     (tmp_path / "last.pt.part").unlink()
     (tmp_path / "metrics.csv").symlink_to("/dev/full")
     with pytest.raises(RunError, match=r"cannot write .*metrics.csv: No space left"): list(t.run())
+    (tmp_path / "metrics.csv").unlink()
+    t = start(tmp_path, env=None)
+    for events in t.events.values():
+        events.unlink()
+        events.symlink_to("/dev/full")
+    with pytest.raises(RunError, match=r"cannot write .*tensorboard.*tfevents.*: No space left"): list(t.run())
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -532,8 +549,9 @@ def other(path, text): (path / "config.json").write_text(text)
     (None, dict(resume=False), "already holds a run.*resume=True"),
     (None, dict(batch_size=4), "other settings: batch_size is 8 there and 4 here.*another directory"),
     (None, dict(algorithm=replace(TINY, eta=0.5, rho=0.0)), "eta is 0.15 there and 0.5 here; rho is 1.0 there and 0.0"),
-    (None, dict(data=replace(toy(), reward=2 * toy().reward)), "crc32 is"),
-    (None, dict(data=toy(60)), "transitions is 50 there and 60 here"),
+    (None, dict(data=replace(toy(), reward=2 * toy().reward)), "the data set has other numbers than there"),
+    (None, dict(data=scale_reward(toy(), "antmaze")), "settings: reward_scale is 1.0 there and 100.0 here. Resume"),
+    (None, dict(data=toy(60)), "the number of transitions is 50 there and 60 here"),
     (lambda p: other(p, "{"), {}, "config.json is damaged, or was not written by this bdpo_lit"),
     (lambda p: other(p, '{"train": {}}'), {}, "config.json is damaged, or was not written by this bdpo_lit"),
     (lambda p: other(p, "[]"), {}, "config.json is damaged, or was not written by this bdpo_lit"),
@@ -581,7 +599,7 @@ def test_the_last_one_to_open_a_run_owns_it(tmp_path):
 @pytest.mark.parametrize("config, field, value", [
     *((TrainConfig, f, -1) for f in ("pretrain_steps", "train_steps", "seed", "eval_every")),
     *((TrainConfig, f, 0) for f in ("batch_size", "log_every", "eval_episodes", "num_actions", "save_every")),
-    (TrainConfig, "how", "greedy"),
+    (TrainConfig, "how", "greedy"), (TrainConfig, "log", "mlflow"),
     (BDPOConfig, "eta", -0.1), (BDPOConfig, "eta", float("nan")), (BDPOConfig, "rho", -1.0), (BDPOConfig, "gamma", 1.1),
     *((BDPOConfig, f, 0) for f in ("num_steps", "num_critics", "num_samples", "actor_every")),
     (BDPOConfig, "actor_hidden", ()), (BDPOConfig, "solver", "euler"), (BDPOConfig, "actor_lr", 0.0),
@@ -615,6 +633,252 @@ def test_data_that_do_not_fit(meta, message):
     start(data=replace(toy(), meta=dict(ref_max_score=3.0, action_low=[-1.0], action_high=[1.0])))
 
 
+# Environments that misbehave
+
+class Faulty(Walk):
+    "Pays what `paid` says in the evaluation of that number; each resets twice, before and after."
+    resets, paid = 0, {}
+
+    def reset(self, **kwargs):
+        Faulty.resets += 1
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        what = self.paid.get((Faulty.resets - 1) // (2 * PLAN.eval_episodes), reward)
+        if isinstance(what, type): raise what("the simulator is broken")
+        return obs, what, *rest
+
+
+def test_best_is_finite_and_a_nan_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Faulty, "resets", 0)
+    monkeypatch.setattr(Faulty, "paid", {0: np.nan, 2: None})
+    watch(t := start(tmp_path, env=Faulty))
+    earned = [e["return"] for e in t.evaluations]
+    assert [np.isfinite(x) for x in earned] == [False, True, False, True]
+    best = max((e for e in t.evaluations if np.isfinite(e["return"])), key=lambda e: e["return"])
+    assert best_evaluation(t.evaluations) == best
+    assert load_checkpoint(tmp_path / "best.pt")["steps"]["train"] == best["step"]
+    said = capsys.readouterr().err
+    assert said.count("evaluation/return is nan at update 10") == 1 and "paid a reward that is no finite number" in said
+    assert [w["metric"] for w in t.warnings] == ["evaluation/return"]
+
+
+def test_an_environment_that_raises_ends_in_one_sentence_and_keeps_the_run(through, tmp_path, monkeypatch):
+    monkeypatch.setattr(Faulty, "resets", 0)
+    monkeypatch.setattr(Faulty, "paid", {1: ZeroDivisionError})
+    with pytest.raises(RunError, match="Faulty failed in step with ZeroDivisionError: the simulator is broken "
+                       r"\(evaluation after update 20\); the run is kept in .*: mend the environment") as e:
+        list(start(tmp_path, env=Faulty).run())
+    assert "\n" not in str(e.value) and e.value.__cause__ is not None
+    assert load_checkpoint(tmp_path)["steps"]["train"] == 20
+    finish(tmp_path)
+    assert_same_run(tmp_path, through.dir)
+
+
+def test_best_is_never_the_clone(tmp_path):
+    "Before the actor has moved, an evaluation is the merit of nu."
+    t = finish(tmp_path, algorithm=replace(TINY, warmup_steps=25))
+    assert [e["policy"] for e in t.evaluations] == ["nu", "nu", "actor", "actor"]
+    assert load_checkpoint(tmp_path / "best.pt")["steps"]["train"] in (30, 40)
+    assert best_evaluation(t.evaluations)["step"] in (30, 40)
+    never = finish(tmp_path / "never", algorithm=replace(TINY, warmup_steps=50))
+    assert best_evaluation(never.evaluations) is None and not (tmp_path / "never" / "best.pt").exists()
+    board = scoreboard(never, episodes=3)
+    assert {r["who"] for r in board["rows"]} == {"data", "data_best", "behavior", "gaussian"}
+    assert board["warnings"] == ["the actor has not moved: its first update comes after warmup_steps = 50; train "
+                                 "longer, or warm up less"]
+
+
+# Did it work?
+
+def test_scoreboard_plays_all_on_the_same_episodes(tmp_path):
+    t = finish(tmp_path / "ünï dir" / "run")
+    board = scoreboard(t, episodes=6, candidates=(1, 3))
+    names = [r["name"] for r in board["rows"]]
+    best = best_evaluation(t.evaluations)["step"]
+    assert names == ["data, mean of 1 episode", "data, best episode", "diffusion clone, one sample",
+                     "diffusion clone, best of 3", "Gaussian clone", "BDPO, one sample", "BDPO, best of 3",
+                     *(f"BDPO of update {best}, {how}" for how in ("one sample", "best of 3") if best < 40)]
+    played = {r["name"]: r["returns"] for r in board["rows"] if "returns" in r}
+    alone = training.play_episodes(t.agent.policy("best", 3, seed=1000), Walk, 6, seed=1000)
+    assert played["BDPO, best of 3"] == alone.returns.tolist()
+    row = next(r for r in board["rows"] if r["name"] == "BDPO, best of 3")
+    assert row["mean"] == pytest.approx(100 * (alone.returns.mean() + 1) / 2) and row["low"] < row["mean"] < row["high"]
+    assert board["rows"][0]["mean"] == pytest.approx(100 * (toy().reward.sum().item() + 1) / 2, rel=1e-5)
+    again = scoreboard(tmp_path / "ünï dir" / "run", Walk, episodes=6, candidates=(1, 3))   # from the files alone
+    assert again["rows"] == board["rows"] and again["unit"] == "score" and again["signs"] == board["signs"]
+    assert read_scoreboard(t.dir)["rows"] == board["rows"] and read_scoreboard(tmp_path) is None
+    lines = show_scoreboard(board).splitlines()
+    assert len({len(line) for line in lines[:len(names) + 2]}) == 1, "the columns line up"
+    assert "6 episodes for each policy, the same ones (seed 1000)." in lines
+
+
+def test_scoreboard_of_a_run_without_directory_or_environment():
+    t = finish(env=None)
+    with pytest.raises(RunError, match="no environment to play in; give make_env"): scoreboard(t)
+    with pytest.raises(RunError, match="observations of length 3 and actions of shape .1,., the policies have 3"):
+        scoreboard(t, lambda: gym.make("Pendulum-v1"))
+    assert {"gaussian", "last"} <= {e.who for e in contest(t, Walk, episodes=2).values()}
+
+
+def test_scaled_runs_have_scaled_clones(tmp_path):
+    data, bounds = toy(), dict(action_low=np.full(2, -2.0), action_high=np.full(2, 6.0))
+    wide = replace(data, action=4 * data.action + 2, meta=data.meta | bounds)
+    one, other = (scoreboard(finish(data=d, env=e), episodes=4)["rows"] for d, e in ((data, Walk), (wide, Wide)))
+    for a, b in zip(one, other, strict=True): assert a["mean"] == pytest.approx(b["mean"], abs=0.5)
+
+
+def line(mean, who="behavior", spread=5.0, seed=0, **more):
+    x = np.random.default_rng(seed).normal(mean, spread, 20)
+    return dict(name=who, who=who, num_actions=1, mean=x.mean(), low=x.mean() - spread / 2, high=x.mean() + spread / 2,
+                returns=x.tolist()) | more
+
+
+SIGNS = dict(penalty=2.0, value=140.0, attainable=[0.0, 200.0], eta=0.1, budget=None, action_dim=2,
+             moved=True, warmup_steps=0)
+
+
+@pytest.mark.parametrize("price, words", [
+    (0.01, ("pi is nearly nu", "a smaller eta (it is 0.1; 0.033")),
+    (2.0, ("Q promised more than the world pays (q/mean is 140, and values lie between 0 and 200)",
+           "a larger eta (it is 0.1; 0.3 ")),
+    (40.0, ("pi has left the data", "more than 5 nats for each of the 2", "a larger eta")),
+])
+def test_advice_says_which_way(price, words):
+    said, = training._verdict([line(100), line(50, "last", seed=1)], SIGNS | dict(penalty=price), 1)
+    assert all(w.lower() in said.lower() for w in ("last earns 5", "surely less than behavior (", *words)), said
+
+
+def test_advice_where_a_budget_is_given_turns_the_other_way():
+    assert "a smaller nats_per_dim (it is 1; 0.33 would be a step)" in advice(SIGNS | dict(budget=1.0))
+    assert "a larger nats_per_dim (it is 1; 3 would be a step)" in advice(SIGNS | dict(budget=1.0, penalty=0.01))
+
+
+def test_no_warning_without_cause():
+    assert not training._verdict([line(100), line(101, "last", seed=1)], SIGNS, 1)
+    assert not training._verdict([line(100), line(99, "last", seed=1)], SIGNS, 1), "within the noise"
+    assert training._verdict([dict(name="data", who="data", mean=100.0), line(50, "last")], SIGNS, 1)
+    ten = [line(100), line(50, "last", num_actions=10), line(110, "last", name="one")]
+    assert "But one does not: play it like this." in training._verdict(ten, SIGNS, 10)[0]
+    assert "pretrain longer" in advice(SIGNS | dict(penalty=0.01), poor_clone=True)
+    poor = dict(name="x", who="last", num_actions=1, mean=None, low=None, high=None, returns=[np.nan] * 3)
+    told, *_ = training._verdict([line(1), poor], SIGNS, 1)
+    assert "no finite numbers, so nothing is known of: x" in told and not surely_below(poor, line(1))
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_several_seeds_and_one_table(together, tmp_path):
+    make = lambda seed: start(tmp_path / f"run-{seed}", seed=seed)  # noqa: E731
+    found = train_seeds(make, (1, 2, 5), together, episodes=3)
+    assert list(found["boards"]) == [1, 2, 5] and len(list(tmp_path.glob("run-*/scoreboard.json"))) == 3
+    for row in found["rows"]:
+        if row["who"] in ("last", "behavior"):
+            each = [next(r["mean"] for r in b["rows"] if all(r[k] == row[k] for k in ("who", "num_actions")))
+                    for b in found["boards"].values()]
+            assert row["values"] == each and row["mean"] == pytest.approx(np.mean(each))
+    assert {"data", "behavior", "gaussian", "last", "best"} <= {r["who"] for r in found["rows"]}
+    lines = show_seeds(found).splitlines()
+    assert "seed 1" in lines[0] and "95 % interval" in lines[0]
+    assert len({len(x) for x in lines[:len(found["rows"])]}) == 1, "the columns line up"
+
+
+def test_seeds_that_were_stopped_go_on(tmp_path, monkeypatch):
+    make = lambda seed: start(tmp_path / f"run-{seed}", env=Walk, seed=seed)  # noqa: E731
+    real, calls = BDPO.update, itertools.count(1)
+    def update(self, batch):
+        if next(calls) == 50: signal.raise_signal(INT)      # in the second run
+        return real(self, batch)
+    monkeypatch.setattr(BDPO, "update", update)
+    assert train_seeds(make, (1, 2), episodes=2) == {}
+    assert [load_checkpoint(tmp_path / f"run-{s}")["steps"]["train"] for s in (1, 2)] == [40, 10]
+    assert train_seeds(make, (1, 2), episodes=2)["rows"]
+
+
+# A policy leaves the house
+
+@pytest.mark.parametrize("suffix, solver", [(".pt2", "ddpm"), (".pt2", "ddim"), (".onnx", "ddpm")])
+def test_exported_policies_are_the_policy(suffix, solver, tmp_path, run):
+    "In a process of its own: tests check every shape, and an exporter passes symbols for them."
+    if suffix == ".onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"): pytest.importorskip(package)
+    done = run(sys.executable, "-W", "ignore", "-c", EXPORT, suffix, solver, cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert done.stdout.split() == ["fixed", "input"]
+
+
+EXPORT = """if True:
+    import sys
+    from dataclasses import replace
+    import numpy as np, torch
+    from bdpo_lit.algorithm.bdpo import BDPO, BDPOConfig
+    from bdpo_lit.offline.training import export_policy
+    suffix, solver = sys.argv[1:]
+    config = BDPOConfig(num_steps=3, num_critics=2, actor_hidden=(16,) * 2, critic_hidden=(16,), time_dim=4,
+                        solver=solver, q_layer_norm=True)
+    agent, g = BDPO(3, 2, config), torch.Generator().manual_seed(0)
+    for p in agent.q.target.parameters(): p.data += 0.1 * torch.randn(p.shape, generator=g)
+    draw = lambda *n: torch.rand(n, generator=g, dtype=torch.float64) + 0.5
+    agent.set_scaling(draw(3), draw(3), draw(2), draw(2))
+    obs = torch.randn(7, 3, generator=g)
+    def load(path):
+        if suffix == ".pt2": return lambda *x: torch.export.load(path).module()(*x).numpy()
+        import onnxruntime
+        s = onnxruntime.InferenceSession(path)
+        return lambda *x: s.run(None, dict(zip((i.name for i in s.get_inputs()), (a.numpy() for a in x))))[0]
+    play = load(export_policy(agent, f"fixed{suffix}", 4, seed=3))
+    ours = [agent.policy("best", 4, seed=3)(x[None].numpy())[0] for x in obs]   # the first draw for one state
+    for rows in (1, 2, 7): np.testing.assert_allclose(play(obs[:rows]), ours[:rows], atol=1e-5)
+    print("fixed")
+    play, stream = load(export_policy(agent, f"input{suffix}", 1, noise="input")), torch.Generator().manual_seed(5)
+    noise = torch.stack([torch.randn(7, 1, 2, generator=stream) for _ in range(3)])
+    np.testing.assert_allclose(play(obs, noise), agent.policy("sample", seed=5)(obs.numpy()), atol=1e-5)
+    print("input")
+"""
+
+
+def test_exported_weights_are_those_that_act(through, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    file = export_policy(through.dir, tmp_path / "deep" / "policy.safetensors", num_actions=2)
+    tensors = safetensors.load_file(file)
+    for name, x in through.agent.actor.target.state_dict().items(): assert torch.equal(tensors[f"net.{name}"], x)
+    for name, x in through.agent.q.target.state_dict().items(): assert torch.equal(tensors[f"q.{name}"], x)
+    with pytest.importorskip("safetensors").safe_open(file, "pt") as f: assert f.metadata()["num_steps"] == "2"
+
+
+def test_exports_that_are_refused(through, tmp_path, monkeypatch):
+    for name in ("onnx", "safetensors.torch"): monkeypatch.setitem(sys.modules, name, None)
+    for path, message in (("a.pkl", "ends in .pt2, .onnx, .safetensors, not a.pkl"),
+                          ("a.onnx", r"the package onnx is not installed; it comes with the extra: bdpo_lit\[export\]"),
+                          ("a.safetensors", "the package safetensors is not installed")):
+        with pytest.raises(RunError, match=message): export_policy(through, tmp_path / path)
+    with pytest.raises(RunError, match="noise is 'fixed' or 'input'"): export_policy(through, "a.pt2", noise="some")
+    with pytest.raises(RunError, match="is no run|no checkpoint"): export_policy(tmp_path / "none", tmp_path / "a.pt2")
+
+
+# Curves elsewhere
+
+def test_a_tracker_that_is_missing_is_named_before_anything_is_made(tmp_path, monkeypatch):
+    for name in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(RunError, match=f"log is '{name}', but the package {name} cannot be.*install {name}"):
+            start(tmp_path / "run", log=name)
+    assert not (tmp_path / "run").exists()
+
+
+def test_trackio_has_the_curves(through, tmp_path, monkeypatch):
+    "The real package, on this machine only."
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio")
+    finish(tmp_path / "run", log="trackio", train_steps=20)
+    finish(tmp_path / "run", log="trackio")                  # taken up again: the same run of trackio
+    assert (tmp_path / "run" / "metrics.csv").read_text() == (through.dir / "metrics.csv").read_text()
+    assert trackio.__version__
+    db, = (tmp_path / "trackio").glob("bdpo_lit*.db")
+    with closing(sqlite3.connect(db)) as c: rows = c.execute("select run_name, step, metrics from metrics").fetchall()
+    assert {name for name, *_ in rows} == {f"run-{read_config(tmp_path / 'run')['about']['run_id']}"}
+    assert sorted(step for _, step, text in rows if "q/mean" in str(text)) == [33 + k for k in (10, 20, 30, 40)]
+
+
 # The command line
 
 def test_command_line_says_what_there_is(run, capsys):
@@ -631,7 +895,7 @@ def test_ctrl_c_after_training_ends_politely(tmp_path, monkeypatch, capsys):
     preset = maze_demo.Preset(plan, TINY)
     monkeypatch.setitem(maze_demo.PRESETS, "short", preset)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    monkeypatch.setattr(maze_demo, "fit_gaussian", lambda *args, **kwargs: signal.raise_signal(INT))
+    monkeypatch.setattr(maze_demo, "contest", lambda *args, **kwargs: signal.raise_signal(INT))
     assert maze_demo.demo(run_dir=tmp_path / "run", num_steps=100, dataset_id="test/ctrl-c-v0") == {}
     assert "Training is finished and kept in" in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "run")["steps"] == dict(pretrain=1, train=1)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -28,17 +29,11 @@ class Schedule:
         "N"
         return len(self.beta) - 1
 
-    @property
-    def posterior_var(self) -> Float[Tensor, "N1"]:
-        "Variance of q(a^{n-1} | a^n, a^0): text after Eq. (P8)."
-        var = torch.zeros_like(self.beta)
-        var[1:] = self.beta[1:] * (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:])
-        return var
-
-    def to(self, *args, **kwargs) -> "Schedule":
-        "Move or cast like `Tensor.to`."
-        return Schedule(*(x.to(*args, **kwargs)
-                          for x in (self.beta, self.alpha, self.alpha_bar)))
+# %% ../../nbs/theory/02_diffusion.ipynb #05e301d4
+@patch
+def to(self: Schedule, *args, **kwargs) -> Schedule:
+    "Move or cast like `Tensor.to`."
+    return Schedule(*(x.to(*args, **kwargs) for x in vars(self).values()))
 
 # %% ../../nbs/theory/02_diffusion.ipynb #02-009
 def _at(values: Float[Tensor, "N1"], n) -> Tensor:
@@ -73,8 +68,7 @@ def vp_schedule(num_steps: int,                      # N
     "The paper's variance-preserving schedule; `ValueError` if `num_steps` < 1."
     if num_steps < 1: raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     n = torch.arange(1, num_steps + 1, dtype=torch.float64)
-    log_alpha = (-beta_min / num_steps
-                 - 0.5 * (beta_max - beta_min) * (2 * n - 1) / num_steps**2)
+    log_alpha = -beta_min / num_steps - (beta_max - beta_min) * (n - 0.5) / num_steps**2
     log_alpha = torch.cat([torch.zeros(1, dtype=torch.float64), log_alpha])
     return Schedule(-torch.expm1(log_alpha), log_alpha.exp(),
                     log_alpha.cumsum(0).exp()).to(dtype)
@@ -93,28 +87,36 @@ class Mixture:
         return Mixture(self.weight, alpha_bar.sqrt() * self.mean,
                        alpha_bar * self.var + 1 - alpha_bar)
 
-    def log_components(self, x: Float[Tensor, "*B A"]) -> Float[Tensor, "*B C"]:
-        "Log of weight times density, per component."
-        sq = (x.unsqueeze(-2) - self.mean).square().sum(-1)
-        return (self.weight.log() - sq / (2 * self.var)
-                - 0.5 * x.shape[-1] * (2 * math.pi * self.var).log())
+# %% ../../nbs/theory/02_diffusion.ipynb #c48ae5dc
+@patch
+def log_components(self: Mixture, x: Float[Tensor, "*B A"]) -> Float[Tensor, "*B C"]:
+    "Log of weight times density, per component."
+    sq = (x.unsqueeze(-2) - self.mean).square().sum(-1)
+    return (self.weight.log() - sq / (2 * self.var)
+            - 0.5 * x.shape[-1] * (2 * math.pi * self.var).log())
 
-    def log_prob(self, x: Float[Tensor, "*B A"]) -> Float[Tensor, "*B"]:
-        "Log-density at x."
-        return self.log_components(x).logsumexp(-1)
+# %% ../../nbs/theory/02_diffusion.ipynb #af17a138
+@patch
+def log_prob(self: Mixture, x: Float[Tensor, "*B A"]) -> Float[Tensor, "*B"]:
+    "Log-density at x."
+    return self.log_components(x).logsumexp(-1)
 
-    def score(self, x: Float[Tensor, "*B A"]) -> Float[Tensor, "*B A"]:
-        "Gradient of the log-density at x."
-        share = self.log_components(x).softmax(-1) / self.var
-        return (share.unsqueeze(-1) * (self.mean - x.unsqueeze(-2))).sum(-2)
+# %% ../../nbs/theory/02_diffusion.ipynb #802f9411
+@patch
+def score(self: Mixture, x: Float[Tensor, "*B A"]) -> Float[Tensor, "*B A"]:
+    "Gradient of the log-density at x."
+    share = self.log_components(x).softmax(-1) / self.var
+    return (share.unsqueeze(-1) * (self.mean - x.unsqueeze(-2))).sum(-2)
 
-    def sample(self, num: int,
-               generator: torch.Generator | None = None) -> Float[Tensor, "B A"]:
-        "Draw `num` points."
-        i = torch.multinomial(self.weight, num, replacement=True, generator=generator)
-        z = torch.randn(num, self.mean.shape[-1], generator=generator,
-                        dtype=self.mean.dtype)
-        return self.mean[i] + self.var[i].sqrt().unsqueeze(-1) * z
+# %% ../../nbs/theory/02_diffusion.ipynb #1a6c44e7
+@patch
+def sample(self: Mixture, num: int,
+           generator: torch.Generator | None = None) -> Float[Tensor, "B A"]:
+    "Draw `num` points."
+    i = torch.multinomial(self.weight, num, replacement=True, generator=generator)
+    z = torch.randn(num, self.mean.shape[-1], generator=generator,
+                    dtype=self.mean.dtype)
+    return self.mean[i] + self.var[i].sqrt().unsqueeze(-1) * z
 
 # %% ../../nbs/theory/02_diffusion.ipynb #02-027
 def posterior_mean(x: Float[Tensor, "*B A"],     # a^n
@@ -127,6 +129,14 @@ def posterior_mean(x: Float[Tensor, "*B A"],     # a^n
     prev = _at(sched.alpha_bar, n - 1)
     return ((prev.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - prev) * x)
             / (1 - alpha_bar))
+
+# %% ../../nbs/theory/02_diffusion.ipynb #4a8ff5be
+@patch(as_prop=True)
+def posterior_var(self: Schedule) -> Float[Tensor, "N1"]:
+    "Variance of q(a^{n-1} | a^n, a^0): text after Eq. (P8)."
+    var = torch.zeros_like(self.beta)
+    var[1:] = self.beta[1:] * (1 - self.alpha_bar[:-1]) / (1 - self.alpha_bar[1:])
+    return var
 
 # %% ../../nbs/theory/02_diffusion.ipynb #02-035
 def x0_from_eps(x: Float[Tensor, "*B A"],     # a^n

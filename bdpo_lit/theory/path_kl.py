@@ -20,14 +20,12 @@ def markov_path_kl(start_actor: Float[Tensor, "G"],          # actor's law of a^
                    kernels_behavior: Float[Tensor, "N1 G G"],  # behaviour's kernels
                   ) -> Float[Tensor, "N1"]:  # nats; n: E l_n; 0: KL of the starts
     "The terms of the path KL of two Markov chains on finitely many states: Eq. (P11)."
-    p = start_actor
-    terms = torch.empty(len(kernels_actor), dtype=p.dtype)
-    terms[0] = kl(start_actor, start_behavior)
-    for n in range(len(kernels_actor) - 1, 0, -1):
-        on = p > 0  # a state never visited costs nothing, whatever its price
-        terms[n] = (p[on] * kl(kernels_actor[n][on], kernels_behavior[n][on])).sum()
-        p = p @ kernels_actor[n]
-    return terms
+    p, terms = start_actor, [kl(start_actor, start_behavior)]
+    for actor, behavior in zip(kernels_actor[1:].flip(0), kernels_behavior[1:].flip(0)):
+        price = p * kl(actor, behavior)
+        terms.insert(1, price[p > 0].sum())  # a state never visited costs nothing
+        p = p @ actor
+    return torch.stack(terms)
 
 # %% ../../nbs/theory/03_path_kl.ipynb #03-014
 def step_kl_from_means(mean_actor: Float[Tensor, "*B A"],     # of the actor's step

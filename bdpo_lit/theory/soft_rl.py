@@ -22,19 +22,21 @@ class TabularMDP:
     nu: Float[Tensor, "S A"]            # behaviour policy nu(a | s), sums to one over a
     gamma: float                        # discount, in [0, 1)
 
-    def __post_init__(self):
-        S, A = self.reward.shape
-        if not 0 <= self.gamma < 1:
-            raise ValueError(f"gamma must be in [0, 1), got {self.gamma}")
-        for name, shape in dict(transition=(S, A, S), nu=(S, A)).items():
-            p = getattr(self, name)
-            if p.shape != shape:
-                got = tuple(p.shape)
-                raise ValueError(f"{name} must have shape {shape}, got {got}")
-            one = torch.ones(()).to(p)
-            if (p < 0).any() or not torch.allclose(p.sum(-1), one, atol=1e-6):
-                raise ValueError(f"{name} must be non-negative and sum to one over its "
-                                 "last axis")
+    def __post_init__(self): _check_tables(self)
+
+# %% ../../nbs/theory/01_soft_rl.ipynb #c53c6c89
+def _check_tables(mdp):
+    "`ValueError` for a gamma outside [0, 1), or a row that is no distribution."
+    if not 0 <= mdp.gamma < 1:
+        raise ValueError(f"gamma must be in [0, 1), got {mdp.gamma}")
+    S, A = mdp.reward.shape
+    for name, shape in dict(transition=(S, A, S), nu=(S, A)).items():
+        p = getattr(mdp, name)
+        if p.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(p.shape)}")
+        if not ((p >= 0).all() and (p.sum(-1) - 1).abs().max() <= 1e-5):
+            raise ValueError(
+                f"{name} must be non-negative and sum to one over its last axis")
 
 # %% ../../nbs/theory/01_soft_rl.ipynb #01-008
 def random_mdp(num_states: int,             # S
@@ -138,5 +140,4 @@ def soft_value_iteration(mdp: TabularMDP,           # the world
         Q, old = optimal_backup(Q, mdp, eta), Q
         gap = (Q - old).abs().max() * mdp.gamma / (1 - mdp.gamma)  # bound of the error
         if gap <= tol * max(1, eta, Q.abs().max()): return Q       # relative: rounding
-    raise RuntimeError(
-        f"not converged after {max_sweeps} sweeps: error bound {gap:.1e}")
+    raise RuntimeError(f"not converged after {max_sweeps} sweeps: error <= {gap:.1e}")

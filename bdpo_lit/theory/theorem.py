@@ -176,6 +176,26 @@ def gaussian_chain(eps_fn: Callable[[Tensor, int], Tensor],  # (x, n) -> eps
         kernels.append(gaussian_kernel(mean, var, grid))
     return torch.stack(kernels)
 
+# %% ../../nbs/theory/04_theorem.ipynb #9d4316f4
+def _peak(worth: Float[Tensor, "G G"], grid: Float[Tensor, "G"]):
+    "Largest value of each row and where it is: the top of a parabola through cells."
+    i = worth.argmax(-1, keepdim=True).clamp(1, len(grid) - 2)
+    below, top, above = (worth.gather(-1, i + k).squeeze(-1) for k in (-1, 0, 1))
+    shift = 0.5 * (above - below) / (2 * top - below - above).clamp_min(1e-12)
+    shift = torch.where((above - below).isfinite(), shift, 0.)  # no shift at the edge
+    top = top + torch.where(shift != 0, 0.25 * (above - below) * shift, 0.)
+    return top, grid[i.squeeze(-1)] + shift.clamp(-1, 1) * (grid[1] - grid[0])
+
+# %% ../../nbs/theory/04_theorem.ipynb #2f235bcb
+def _beyond(clip, grid, n, sched) -> Tensor:
+    "Which means need a clean point outside the box: [a^n, mean of a^{n-1}]."
+    x, zero = grid[:, None], torch.zeros_like(grid)[:, None]
+    per_x0 = posterior_mean(zero, zero + 1, n, sched)
+    far = ((grid - posterior_mean(x, zero, n, sched)) / per_x0).abs() > clip
+    if far.all(-1).any():
+        raise ValueError(f"the grid is too coarse for clip at step {n}")
+    return far
+
 # %% ../../nbs/theory/04_theorem.ipynb #04-036
 def gaussian_optimum(Q: Float[Tensor, "G"],                    # action values
                      eps_fn: Callable[[Tensor, int], Tensor],  # behaviour's predictor
@@ -194,19 +214,9 @@ def gaussian_optimum(Q: Float[Tensor, "G"],                    # action values
         reached = gaussian_kernel(grid, var, grid) @ values[-1]  # E V_{n-1} around each
         mean_nu = reverse_mean(x, eps_fn(x, n), n, sched)
         worth = reached - eta * (grid - mean_nu).square() / (2 * sched.beta[n])
-        if clip is not None:  # which clean point would give this mean?
-            zero = torch.zeros_like(x)
-            per_x0 = posterior_mean(zero, zero + 1, n, sched)
-            x0 = (grid - posterior_mean(x, zero, n, sched)) / per_x0
-            worth = worth.masked_fill(x0.abs() > clip, -torch.inf)
-            if worth.isneginf().all(-1).any():
-                raise ValueError(f"the grid is too coarse for clip at step {n}")
-        i = worth.argmax(-1, keepdim=True).clamp(1, len(grid) - 2)
-        below, top, above = (worth.gather(-1, i + k).squeeze(-1) for k in (-1, 0, 1))
-        # top of the parabola through three cells; at the box's edge stay on the cell
-        shift = 0.5 * (above - below) / (2 * top - below - above).clamp_min(1e-12)
-        shift = torch.where((above - below).isfinite(), shift, 0.)
-        values.append(top + torch.where(shift != 0, 0.25 * (above - below) * shift, 0.))
-        best = grid[i.squeeze(-1)] + shift.clamp(-1, 1) * (grid[1] - grid[0])
+        if clip is not None:
+            worth = worth.masked_fill(_beyond(clip, grid, n, sched), -torch.inf)
+        value, best = _peak(worth, grid)
+        values.append(value)
         kernels.append(gaussian_kernel(best, var, grid))
     return torch.stack(values), torch.stack(kernels)

@@ -16,6 +16,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from .soft_rl import TabularMDP, kl, log_mean_exp
 
+# %% ../../nbs/theory/05_two_clocks.ipynb #03da5db9
+def _check_chain(start: Tensor, kernels: Tensor) -> None:
+    "Raise `ValueError` if tables do not fit or do not sum to one."
+    S, A = start.shape
+    if kernels.ndim != 4 or kernels.shape[1:] != (S, A, A):
+        raise ValueError(f"kernels must have shape (N, {S}, {A}, {A}), got "
+                         f"{tuple(kernels.shape)}")
+    for name, p in (("start", start), ("kernels", kernels)):
+        ones = torch.ones(p.shape[:-1]).to(p)
+        if (p < 0).any() or not torch.allclose(p.sum(-1), ones, atol=1e-6):
+            raise ValueError(f"{name} must be non-negative and sum to one over its "
+                             f"last axis")
+
 # %% ../../nbs/theory/05_two_clocks.ipynb #05-007
 @dataclass(frozen=True)
 class Chain:
@@ -24,17 +37,7 @@ class Chain:
     start: Float[Tensor, "S A"]        # p_N(a^N | s)
     kernels: Float[Tensor, "N S A A"]  # [n-1, s, x, y] = p_{n-1|n}(y | x, s)
 
-    def __post_init__(self):
-        S, A = self.start.shape
-        if self.kernels.ndim != 4 or self.kernels.shape[1:] != (S, A, A):
-            raise ValueError(f"kernels must have shape (N, {S}, {A}, {A}), got "
-                             f"{tuple(self.kernels.shape)}")
-        for name in ("start", "kernels"):
-            p = getattr(self, name)
-            ones = torch.ones(p.shape[:-1]).to(p)
-            if (p < 0).any() or not torch.allclose(p.sum(-1), ones, atol=1e-6):
-                raise ValueError(f"{name} must be non-negative and sum to one over its "
-                                 f"last axis")
+    def __post_init__(self): _check_chain(self.start, self.kernels)
 
     @property
     def num_steps(self) -> int:
@@ -129,8 +132,7 @@ def lower_values(Q: Float[Tensor, "S A"],  # worth of the executed action
 # %% ../../nbs/theory/05_two_clocks.ipynb #05-028
 def two_clock_sweep(V: Float[Tensor, "N1 S A"],  # current tables, entry 0 is Q
                     mdp: TabularMDP,             # the world
-                    actor: Chain,                # p^pi
-                    behavior: Chain,             # p^nu
+                    actor: Chain, behavior: Chain,  # p^pi and p^nu
                     eta: float,                  # price of one nat
                     rollout: bool = True,  # Q from whole paths, Eq. (P13), or from V_N
                    ) -> Float[Tensor, "N1 S A"]:
@@ -292,6 +294,18 @@ def _better(log_p: Float[Tensor, "L N S A A"],  # actors
     log_p = rate * (log_b + V[:, :-1, :, None] / eta) + (1 - rate) * log_p
     return log_p.where(log_b > -torch.inf, -torch.inf).log_softmax(-1)
 
+# %% ../../nbs/theory/05_two_clocks.ipynb #d2951ef9
+def _learn(V: Float[Tensor, "L N1 S A"], slow: Tensor, kernels: Tensor, price: Tensor,
+           drawn: tuple, mdp: TabularMDP, behavior: Chain, eta: float, lr: float,
+           rng: torch.Generator) -> None:
+    "Targets from the slow copies, for the entries that a batch visits; in place."
+    (s, a, s_next, n, x), (L, _, S, A) = drawn, V.shape
+    upper = sampled_upper(slow[:, 0], kernels, price, behavior.start, mdp.reward[s, a],
+                          s_next, mdp.gamma, eta, rng)
+    lower = sampled_lower(slow, kernels, price, n, s, x, eta, rng)
+    index = torch.cat([s * A + a, (n * S + s) * A + x])   # in Q, in V_n
+    _move(V.view(L, -1), index, torch.cat([upper, lower], 1), lr)
+
 # %% ../../nbs/theory/05_two_clocks.ipynb #9542407b
 def two_clock_td(mdp: TabularMDP,               # the world, to draw transitions from
                  behavior: Chain,               # p^nu
@@ -322,13 +336,9 @@ def two_clock_td(mdp: TabularMDP,               # the world, to draw transitions
         price = torch.where(kernels > 0, kernels * (log_p - log_b), 0.0).sum(-1)
         yield k - 1, V, slow, kernels
 
-        s, a, s_next, n, x = _sample(mdp, jumps, batch, rng)
-        upper = sampled_upper(slow[:, 0], kernels, price, behavior.start,
-                              mdp.reward[s, a], s_next, mdp.gamma, eta, rng)
-        lower = sampled_lower(slow, kernels, price, n, s, x, eta, rng)
-        index = torch.cat([s * A + a, (n * S + s) * A + x])   # in Q, in V_n
-        _move(V.view(L, -1), index, torch.cat([upper, lower], 1),
-              lr / (1 + k / 100)**decay)
+        drawn = _sample(mdp, jumps, batch, rng)
+        _learn(V, slow, kernels, price, drawn, mdp, behavior, eta,
+               lr / (1 + k / 100)**decay, rng)
         slow += pace * (V - slow)
 
         due = (actor_every > 0) & (k % actor_every.clamp_min(1) == 0)
