@@ -666,7 +666,7 @@ def _conclude(run):
         print(f"{name} in training: last {last[name]:.1f}, {most}, "
               f"{run.config.eval_episodes} episodes each")
     env = "" if run.make_env else " --env ..."
-    print(f"Finished: {len(run.warnings)} warnings. "
+    print(f"Finished: {len(run.warnings)} warnings while training. "
           f"Next: bdpo evaluate {_quoted(run.dir)}{env}")
 
 # %% ../../nbs/reference/25_command_line.ipynb #f77a1148
