@@ -33,7 +33,7 @@ test: export OMP_NUM_THREADS = 1
 test: $(READY) ## execute every chapter and run the tests
 	@failed=; $(BIN)/ruff check -q --output-format concise bdpo_lit tests bench || failed="$$failed ruff"; \
 	$(BIN)/nbdev-test --n-workers $(WORKERS) --timing || failed="$$failed chapters"; \
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --durations=10 || failed="$$failed pytest"; \
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 || failed="$$failed pytest"; \
 	[ -z "$$failed" ] || { echo "Failed:$$failed"; exit 1; }
 
 # Without Chromium or Playwright these tests are skipped; here they must run.
