@@ -10,7 +10,7 @@ WORKERS ?= $(shell [ $(CORES) -lt 4 ] && echo $(CORES) || echo 4)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-long test browser bench check lab docs lock address clean
+.PHONY: help demo demo-long test browser bench gpu torture check lab docs lock address clean
 
 # Data sets that are made or downloaded stay inside the checkout.
 export MINARI_DATASETS_PATH ?= $(CURDIR)/data/minari
@@ -30,6 +30,7 @@ demo-long: $(READY) ## the same with a longer training run
 
 # Chapters run side by side, one thread each. Everything runs even if something fails, so that one run shows it all.
 test: export OMP_NUM_THREADS = 1
+test: export CUDA_VISIBLE_DEVICES =
 test: $(READY) ## execute every chapter and run the tests
 	@failed=; $(BIN)/ruff check -q --output-format concise bdpo_lit tests bench || failed="$$failed ruff"; \
 	$(BIN)/nbdev-test --n-workers $(WORKERS) --timing || failed="$$failed chapters"; \
@@ -45,10 +46,20 @@ browser: $(READY) ## use the moving pictures and JupyterLab as a reader does, in
 	{ echo "No Chromium was found. Either: apt install chromium. Or: $(BIN)/playwright install --with-deps chromium"; exit 1; }
 	$(BIN)/pytest --durations=5 tests/test_explore.py tests/test_jupyter.py
 
-bench: $(READY) ## measure speed, half an hour; FLOWRL=clone-of-flow-rl adds the JAX code (builds .venv-jax/)
+bench: $(READY) ## measure speed, ten minutes (BENCH=--full: an hour); FLOWRL=clone-of-flow-rl adds the JAX code (builds .venv-jax/)
 	@[ -z "$(FLOWRL)" ] || [ -e .venv-jax/.ready ] || { $(PYTHON) -m venv .venv-jax && \
 	.venv-jax/bin/pip install -qq -r bench/requirements-jax.txt && touch .venv-jax/.ready; }
 	$(BIN)/python bench/run.py $(if $(FLOWRL),--jax .venv-jax/bin/python --flowrl "$(FLOWRL)") $(BENCH)
+
+# The JAX code has an environment of its own, as in bench, but with CUDA. GPU= takes options: make gpu GPU="--parts tests"
+gpu: $(READY) ## all that wants a GPU, eight minutes (never run on one yet); FLOWRL=clone-of-flow-rl adds the JAX code
+	@[ -z "$(FLOWRL)" ] || [ -e .venv-jax-gpu/.ready ] || { $(PYTHON) -m venv .venv-jax-gpu && \
+	.venv-jax-gpu/bin/pip install -qq -r bench/requirements-jax.txt 'jax-cuda12-plugin[with-cuda]==0.5.3' && \
+	touch .venv-jax-gpu/.ready; }
+	$(BIN)/python bench/gpu.py $(if $(FLOWRL),--jax .venv-jax-gpu/bin/python --flowrl "$(FLOWRL)") $(GPU)
+
+torture: $(READY) ## kill runs, damage files, fill disks, train for an hour: hours; TORTURE="--parts kill --count 10"
+	$(BIN)/python tests/torture.py $(TORTURE)
 
 check: $(READY) ## package in step with the chapters, notebooks clean, links, ruff (two minutes)
 	$(BIN)/ruff check -q --output-format concise bdpo_lit tests bench

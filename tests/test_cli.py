@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +46,8 @@ def home(tmp_path_factory):
         patch.setenv("D4RL_DATASET_DIR", str(home / "d4rl"))
         (home / "minari").mkdir()
         (home / "file").touch()   # where no folder can be
+        (home / "folder").mkdir()
+        for k in ("actions", "observations"): np.save(home / "folder" / k, np.zeros((3, 2)))
         os.chdir(home)
         cli.main("collect maze --num-steps 2000".split())
         yield home
@@ -204,7 +207,7 @@ def test_curves_of_seeds_are_their_mean_and_range(bdpo, home):
     assert score.get_title() == "score" and len(loss.lines) == len(price.lines) == 2
     # a run of an older release, without one of the settings, and without a curve in the first panel
     config = json.loads((runs[2] / "config.json").read_text())
-    del config["train"]["normalize_obs"]
+    del config["train"]["normalize_obs"], config["crc32"]
     (runs[2] / "config.json").write_text(json.dumps(config))
     lines = (runs[2] / "metrics.csv").read_text().splitlines(keepends=True)
     (runs[2] / "metrics.csv").write_text("".join(line for line in lines if ",pretrain," not in line))
@@ -355,6 +358,11 @@ def test_bounds_come_from_the_environment_or_from_words(bdpo, home):
     said = bdpo("train --data wide.hdf5 --action-low -2 --action-high 2 --reward none --run-dir w", TINY)
     assert "no environment" in said and "| policy" not in said
     assert "return" in bdpo("evaluate w --env Pendulum-v1 --episodes 1")
+    said = bdpo("describe wide.hdf5 --env Pendulum-v1")
+    assert re.search(r"environment +Pendulum-v1\n +time_limit +200\n", said) and re.search(r"dropped +[34]\n", said)
+    assert re.search(r"training  would choose.*\n +rewards  x [\d.]+ .*\n +gamma  0.\d+ \(the longest", said)
+    said = bdpo("describe bdpo/pointmaze-umaze-hidden-v0 --env PointMaze_UMazeDense-v3")
+    assert re.search(r"environment +PointMaze_UMazeDense-v3\n +time_limit +300\n", said), "where it was asked for"
     assert "--action-low is for files" in bdpo("describe bdpo/pointmaze-umaze-hidden-v0 --action-low -1", status=2)
 
 
@@ -385,7 +393,8 @@ def test_a_scale_of_the_same_robot_is_said_to_be_borrowed(bdpo, home):
 
 def test_rewards_that_say_nothing(bdpo, home):
     with h5py.File(pendulum_file(home / "zero.hdf5"), "a") as f: f["rewards"][:] = 0
-    assert "all rewards are 0; there is nothing to learn" in bdpo("describe zero.hdf5 --env Pendulum-v1")
+    said = bdpo("describe zero.hdf5 --env Pendulum-v1")
+    assert "all rewards are 0; there is nothing to learn" in said and "training would choose nothing: zero" in said
     assert "rewards" in bdpo("train --data zero.hdf5 --env Pendulum-v1", TINY, status=1)
     words = "train --task maze --data zero.hdf5 --env Pendulum-v1 --run-dir z"
     assert "warning: all rewards are 0" in bdpo(words, TINY)
@@ -404,20 +413,70 @@ def test_settings_in_a_file_of_ones_own(bdpo, home):
     for text, message in (("{", "give a run, or a JSON or YAML file"), ("[]", "it holds no settings"),
                           ('{"trian": {}}', "no setting 'trian'; did you mean 'train'?"),
                           ('{"task": "maze", "train": {"seeed": 1}}', "no setting 'seeed'; did you mean 'seed'?"),
-                          ('{"task": "maze", "train": {"batch_size": 0}}', "batch_size must be an integer")):
+                          ('{"task": "maze", "train": {"batch_size": 0}}', "batch_size must be an integer"),
+                          ('{"task": 3}', "bad.json: 'task' cannot be 3"), ('{"seed": "x"}', "'seed' cannot be 'x'"),
+                          ('{"data": "x.npz", "env": {"id": 1}}', "'env' cannot be {'id': 1}"),
+                          ('{"about": {"env": 3}, "train": {}}', "'env' cannot be 3"),
+                          ('{"about": 1}', "what shall be learnt?"), ('{"train": 1}', "'train' cannot be 1")):
         (home / "bad.json").write_text(text)
         assert message in bdpo("train --config bad.json", status=2)
     assert "No such file" in bdpo("train --config nowhere.json", status=2)
+    (home / "theirs.json").write_text(json.dumps(dict(about={}, train=dict(log="wandb"), algorithm={})))
+    assert cli._read_settings(home / "theirs.json")["train"]["log"] == "tensorboard", "their service is not ours"
+    (home / "mine.json").write_text('{"train": {"log": "wandb"}}')
+    assert cli._read_settings(home / "mine.json")["train"]["log"] == "wandb"
 
 
 def test_a_file_imports_no_code(bdpo, home):
     (home / "stranger.py").write_text("raise SystemExit('imported')")
     bdpo("train --task maze --seed 6", TINY)
     config = home / "runs" / "maze-6" / "config.json"
-    config.write_text(config.read_text().replace("bdpo_lit.offline.maze:", "stranger:"))
+    told = json.loads(config.read_text().replace("bdpo_lit.offline.maze:", "stranger:"))
+    config.write_text(json.dumps({k: x for k, x in told.items() if k != "crc32"}))
     for words in ("evaluate runs/maze-6", "train --config runs/maze-6 --seed 7", "train --config runs/maze-6"):
         assert "if you trust it, name it yourself: --env stranger:bdpo/" in bdpo(words, status=1)
     assert "stranger" not in sys.modules
+
+
+PENDULUM = json.loads(gym.spec("Pendulum-v1").to_json())
+
+
+def wrapped(entry, **kwargs):
+    return PENDULUM | dict(additional_wrappers=[dict(name="x", entry_point=entry, kwargs=kwargs)])
+
+
+@pytest.mark.parametrize("named", [
+    "stranger2:Pendulum-v1", "bdpo_lit.offline.maze:stranger2:Pendulum-v1", "bdpo_lit.__main__:Pendulum-v1",
+    PENDULUM | dict(id="stranger2:Pendulum-v1"), PENDULUM | dict(entry_point="stranger2:Pendulum"),
+    wrapped("stranger2:Wrapper"), wrapped("gymnasium.envs.registration:make", id="stranger2:Pendulum-v1"),
+    wrapped("gymnasium.wrappers.array_conversion:ArrayConversion", env_xp="stranger2", target_xp="stranger2"),
+    wrapped("gymnasium.wrappers.rendering:RecordVideo", video_folder="films"),
+    PENDULUM | dict(id="GymV26Environment-v0", kwargs=dict(env_id="stranger2:Pendulum-v1")), ["Pendulum-v1"], 3,
+])
+def test_nothing_that_a_run_or_a_set_names_is_imported(named, bdpo, home, monkeypatch):
+    (home / "stranger2.py").write_text("open('imported', 'w').close()")
+    monkeypatch.syspath_prepend(home)
+    run = home / "runs" / "strange"
+    if not run.exists(): bdpo("train --task maze --run-dir runs/strange", TINY)
+    config = json.loads((run / "config.json").read_text())
+    config["about"] |= dict(env=json.dumps(named) if isinstance(named, dict) else named, task=None)
+    (run / "config.json").write_text(json.dumps(config | dict(crc32=None)))
+    for words in ("evaluate runs/strange --video x.gif", "evaluate runs/strange/last.pt",
+                  "train --config runs/strange --run-dir y"):
+        said = bdpo(words, status=2 if not isinstance(named, str | dict) and "train" in words else 1)
+        assert re.fullmatch(r"bdpo: [^\n]+", said.strip()) and ("--env" in said or "'env' cannot be" in said), said
+    bdpo("plot runs/strange --out strange.png")
+    if isinstance(named, dict):
+        env = gym.make("Pendulum-v1", max_episode_steps=20)
+        shutil.rmtree(home / "minari" / "strange", ignore_errors=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            minari.create_dataset_from_buffers("strange/set-v0", episodes(env, 60), env=env, algorithm_name="random")
+        file = home / "minari" / "strange" / "set-v0" / "data" / "metadata.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict(env_spec=json.dumps(named))))
+        bdpo("describe strange/set-v0")
+        assert "--env" in bdpo("train --data strange/set-v0 --run-dir z", TINY, status=1)
+    assert "stranger2" not in sys.modules and not (home / "imported").exists() and not (home / "films").exists()
 
 
 def test_a_module_beside_the_user_is_found(home):
@@ -427,6 +486,60 @@ def test_a_module_beside_the_user_is_found(home):
     done = subprocess.run([*BDPO, "describe", "besides.hdf5", "--env", "besides:Besides-v0"], capture_output=True,
                           text=True)
     assert done.returncode == 0 and re.search(r"action_high +2", done.stdout), done.stderr
+
+
+# Environments that misbehave
+
+BAD = """
+import gymnasium as gym, numpy as np
+from gymnasium.envs.classic_control import PendulumEnv
+class Bad(PendulumEnv):
+    def __init__(self, fault=None, **kwargs): super().__init__(**kwargs); self.fault, self.t = fault, 0
+    def reset(self, **kwargs):
+        self.t = 0
+        if self.fault == "reset": raise RuntimeError("no start\\nat all")
+        return super().reset(**kwargs)
+    def step(self, action):
+        self.t += 1
+        obs, reward, end, cut, info = super().step(action)
+        if self.fault == "step" and self.t == 3: raise ZeroDivisionError("broken")
+        if self.fault == "old": return obs, reward, end, info
+        return (obs[:2] if self.fault == "short" else obs), {"nan": np.nan, "None": None, "pair": [0, 1]}.get(
+            self.fault, reward), end, cut, info
+    def close(self):
+        if self.fault == "close": raise OSError("it will not close")
+for k in ("reset", "step", "old", "short", "nan", "None", "pair", "close"):
+    gym.register(f"Bad{k}-v0", Bad, max_episode_steps=5, kwargs=dict(fault=k))
+gym.register("Badendless-v0", Bad)
+"""
+
+
+def test_environments_that_misbehave_are_answered_in_one_line(bdpo, home, monkeypatch):
+    (home / "badenv.py").write_text(BAD)
+    pendulum_file(home / "bad.hdf5")
+    bdpo("train --data bad.hdf5 --action-low -2 --action-high 2 --reward none --run-dir bad", TINY)
+    monkeypatch.setattr("bdpo_lit.offline.evaluation.MAX_STEPS", 50)
+    for k, message in dict(
+            reset=r"failed in reset with RuntimeError: no start \(episode 1, at its start\)",
+            step=r"failed in step with ZeroDivisionError: broken \(episode 1, step 3\)",
+            old=r"failed in step with ValueError: not enough .*; Gymnasium's .* step 5 \(episode 1, step 1\)",
+            short=r"showed an observation of shape \(2,\) .* \(episode 1, step 1\)",
+            nan=r"paid nan \(episode 1, step 1\), so there is no return to report",
+            None_=r"paid nan \(episode 1, step 1\), so there is no return to report",
+            pair=r"paid a reward of shape \(2,\) \(episode 1, step 1\)").items():
+        said = bdpo(f"evaluate bad --episodes 2 --env badenv:Bad{k.strip('_')}-v0", status=1)
+        assert re.search(rf"^bdpo: the environment Bad{k.strip('_')}-v0 {message}$", said, re.M), said
+    said = bdpo("evaluate bad --episodes 2 --env badenv:Badendless-v0", status=1)
+    assert re.search("^bdpo: an episode in Badendless-v0 passed 50 steps; the environment needs a time", said, re.M)
+    assert not (home / "bad" / "evaluation.json").exists(), "nothing is noted of what was not played"
+    assert "return" in bdpo("evaluate bad --episodes 2 --env Pendulum-v1"), "the run is as it was"
+
+
+def test_a_warning_is_a_line(capsys):
+    cli.main("evaluate bad --episodes 2 --env badenv:Badclose-v0".split())
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert said and set(said) == {"warning: the environment Badclose-v0 failed in close with OSError: it will not "
+                                  "close; its episodes count all the same"}
 
 
 # Several
@@ -451,6 +564,7 @@ def test_several_seeds_several_runs_and_any_checkpoint(bdpo, home):
 def test_json_is_all_there_is_on_stdout(bdpo, home):
     found = json.loads(bdpo("describe bdpo/pointmaze-umaze-hidden-v0 --json"), parse_constant=pytest.fail)
     assert found["transitions"] == 2000 and found["warnings"] == []
+    assert [row[0] for row in found["chosen"]] == ["rewards", "gamma", "eta", "how"]
     found = json.loads(bdpo("train --task maze --seed 10 --json", TINY), parse_constant=pytest.fail)
     assert Path(found["run"]).name == "maze-10" and found["table"]["unit"] == "score"
     assert [r["name"] for r in found["table"]["rows"]][0].startswith("data, mean")
@@ -468,12 +582,31 @@ def test_the_command_is_a_module_and_has_a_version():
 def test_a_policy_goes_away(bdpo, home):
     bdpo("train --task maze --seed 11", TINY)
     if not importlib.util.find_spec("onnx"): assert "onnx" in bdpo("export runs/maze-11 policy.onnx", status=1)
-    done = subprocess.run([*BDPO, "export", "runs/maze-11", "away/policy.pt2"],
-                          capture_output=True, text=True)   # torch exports no checked function
-    assert done.returncode == 0 and done.stdout.startswith("policy: away"), done.stderr
+    assert re.fullmatch(r"policy: \S*policy.pt2\n", export(home, "away/policy.pt2"))
     policy = torch.export.load(home / "away" / "policy.pt2").module()
     assert policy(torch.zeros(3, 4)).shape == (3, 2)
     assert "name that ends in" in bdpo("export runs/maze-11 policy.doc", status=1)
+
+
+def export(home, file, *words):
+    "What is said in a process of its own: torch exports no checked function."
+    done = subprocess.run([*BDPO, "export", "runs/maze-11", file, *words], capture_output=True, text=True, cwd=home)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_policy_goes_away_as_onnx_and_as_weights(home):
+    pytest.importorskip("onnxscript"), pytest.importorskip("safetensors")
+    runtime = pytest.importorskip("onnxruntime")
+    words = ["--num-actions", "3", "--noise", "input"]
+    for kind in ("onnx", "pt2", "safetensors"): export(home, f"away/same.{kind}", *words)
+    obs, noise = torch.randn(5, 4), torch.randn(2, 5, 3, 2)
+    action = torch.export.load(home / "away" / "same.pt2").module()(obs, noise).numpy()
+    session = runtime.InferenceSession(home / "away" / "same.onnx")
+    assert [x.name for x in session.get_inputs()] == ["obs", "noise"]
+    np.testing.assert_allclose(session.run(None, dict(obs=obs.numpy(), noise=noise.numpy()))[0], action, atol=1e-4)
+    from safetensors.numpy import load_file
+    assert sum(x.size for x in load_file(home / "away" / "same.safetensors").values()) > 100
 
 
 # Mistakes
@@ -511,6 +644,7 @@ def test_a_policy_goes_away(bdpo, home):
     ("evaluate runs/none --video x.avi", 2, "the video is a .gif or an .mp4, got x.avi"),
     ("plot runs/none", 1, "runs/none is no run"), ("plot", 2, "no run to draw"),
     ("describe no/such-v0", 1, "data set 'no/such-v0' not found"),
+    ("describe folder", 2, "folder is a folder (actions.npy, observations.npy); data are one file: import numpy"),
     ("collect maze --num-steps 1", 2, "--num-steps must be at least 2"), ("collect moon", 2, "'moon'"),
     ("describe minari", 1, "a file in D4RL's layout is given by its path, which ends in .hdf5 or .h5"),
     ("toy2d moons --folder file/x", 1, "choose or make another place"),
@@ -557,7 +691,9 @@ def test_a_damaged_run_and_a_damaged_note_lose_nothing(bdpo, home):
     assert (run / "evaluation.json").read_text() == "{}"
     (run / "last.pt").write_bytes(b"x")
     assert "not a readable checkpoint" in bdpo("evaluate runs/maze-5 --episodes 1", status=1)
-    assert "not a readable checkpoint" in bdpo("train --task maze --seed 5", TINY, status=1)
+    assert "taken up at update 30 + 40" in bdpo("train --task maze --seed 5", TINY), "from previous.pt"
+    for name in ("last.pt", "previous.pt"): (run / name).write_bytes(b"x")
+    assert "there is no good previous.pt. Copy best.pt to last.pt" in bdpo("train --task maze --seed 5", TINY, status=1)
     (run / "config.json").write_text("[]")
     assert "config.json is damaged" in bdpo("plot runs/maze-5", status=1)
 

@@ -1,6 +1,7 @@
 """Offline data: what both formats keep, and what each kind of bad file says."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import threading
 import warnings
+import zipfile
+import zlib
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +23,7 @@ import minari
 import numpy as np
 import pytest
 import torch
+from fuzz_data import fuzz
 from minari.data_collector import EpisodeBuffer
 
 from bdpo_lit.algorithm.bdpo import BDPO, BDPOConfig
@@ -403,6 +407,7 @@ def test_malformed_id(monkeypatch):
         load_minari("hopper")
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_sampling_stays_on_the_gpu():
     x = torch.arange(8.0)[:, None]
@@ -825,6 +830,8 @@ def test_describe(root, capsys):
     assert re.search(r"environment  Hopper-v5\n(.*\n)*.*warning  all rewards are 0", shown)
     assert "warning  2 of 5 episodes are longer than the environment's 4 steps" in shown
     json.dumps(summary(plain))
+    far = torch.where(torch.arange(len(data))[:, None] % 2 > 0, 3e38, -3e38).expand(-1, 3).contiguous()
+    describe(replace(data, obs=far))                # their distance is no float32
     one = Transitions(data.obs[:, :1].contiguous(), data.action, data.reward, data.next_obs[:, :1].contiguous(),
                       data.terminal, data.episode)
     describe(one)                                   # of one component: no second to draw it against
@@ -904,57 +911,85 @@ def test_paths_of_all_kinds(name, root, monkeypatch):
     assert len(load(root / name)) == len(load(f"~/{name}")) == 13 and is_file(f"~/{name}")
 
 
-ODD = [lambda rng: np.zeros((16, 2), complex), lambda rng: np.zeros((16, 2), "S3"), lambda rng: np.zeros((16, 2), "g"),
-       lambda rng: np.zeros((16, 2), [("a", "f4")]), lambda rng: np.float64(rng.normal()), lambda rng: h5py.Empty("f8"),
-       lambda rng: np.zeros(tuple(rng.integers(0, 17, rng.integers(0, 4)))), lambda rng: np.full(16, np.nan),
-       lambda rng: h5py.SoftLink("/no/where"), lambda rng: h5py.ExternalLink("none.h5", "/x"), lambda rng: None,
-       lambda rng: h5py.SoftLink("/rewards"), lambda rng: rng.normal(size=(16, 1)).astype(">f4"), lambda rng: "text",
-       lambda rng: np.zeros((16, 2), h5py.enum_dtype({"a": 0, "b": 1})), lambda rng: np.dtype("f4")]
+PACKED = {
+    "declared": (lambda f, x: f.create_dataset("rewards", (16,), "f4"), "not written to its end"),
+    "in part": (lambda f, x: f.create_dataset("rewards", (16,), "f4", chunks=(4,)).__setitem__(slice(9), 1),
+                "not written"),
+    "to a gigabyte": (lambda f, x: stored(f, zlib.compress(bytes(10**7), 9), compression="gzip"),
+                      "not unpack to its size"),
+    "too little": (lambda f, x: stored(f, x.tobytes()[:-1]), "not unpack to its size"),
+    "too little, unpacked": (lambda f, x: stored(f, x.tobytes()[:-1], 1, compression="gzip"), "not unpack to its size"),
+    "lzf": (lambda f, x: f.create_dataset("rewards", data=x, compression="lzf"), "h5repack"),
+    "in integers": (lambda f, x: f.create_dataset("rewards", data=x.astype(int), scaleoffset=0), "h5repack"),
+    "words": (lambda f, x: f.create_dataset("rewards", (16,), h5py.enum_dtype({"no": 0, "yes": 1})), "dtype {'no': 0"),
+}
 
 
-def spoil(path, rng):
-    "One fault of a random kind in an HDF5 file: bits, length, a stretch overwritten, an object exchanged."
-    kind, body = rng.integers(5), bytearray(path.read_bytes())
-    if kind < 3:
-        head = rng.integers(2)                       # half of them where the structure is
-        end = min(2200, len(body)) if head else len(body)
-        for _ in range(rng.integers(1, 9)): body[rng.integers(end)] ^= 1 << rng.integers(8)
-        if kind == 1: del body[rng.integers(len(body)):]
-        if kind == 2:
-            at = rng.integers(len(body))
-            body[at: at + rng.integers(1, 64)] = bytes(rng.integers(0, 256, rng.integers(0, 64), np.uint8))
-        return path.write_bytes(body)
-    with h5py.File(path, "a") as f:
-        names = []
-        f.visit(names.append)
-        name = names[rng.integers(len(names))]
-        del f[name]
-        new = ODD[rng.integers(len(ODD))](rng)
-        if new is None: f.create_group(name)
-        else: f[name] = new
+def stored(f, piece, mask=0, **kw):
+    f.create_dataset("rewards", (16,), "f4", chunks=(16,), **kw).id.write_direct_chunk((0,), piece, mask)
 
 
-FUZZ = int(os.environ.get("BDPO_LIT_FUZZ", 300))    # how many spoilt files; set more for an hour of them
+@pytest.mark.parametrize("case", PACKED)
+def test_arrays_must_be_whole_and_unpack_to_their_size(case, root):
+    make, message = PACKED[case]
+    path = write_hdf5(root / "d.hdf5", episodes(), rewards=None)
+    with h5py.File(path, "a") as f: make(f, np.linspace(0, 1, 16, dtype="f4"))
+    with pytest.raises(DataError, match=f"d.hdf5: 'rewards' .*{message}"): load_hdf5(path)
+
+
+@pytest.mark.parametrize("kw", [dict(compression="gzip", shuffle=True, fletcher32=True),
+                                dict(chunks=(3,), fletcher32=True),
+                                dict(compression="gzip", chunks=(5,), maxshape=(None,))])
+def test_arrays_packed_simply_are_read(kw, root):
+    plain = load_hdf5(write_hdf5(root / "e.hdf5", episodes()))
+    with h5py.File(write_hdf5(root / "d.hdf5", episodes(), rewards=None), "a") as f, h5py.File(root / "e.hdf5") as g:
+        f.create_dataset("rewards", data=g["rewards"][()], **kw)
+    assert same(plain, load_hdf5(root / "d.hdf5"))
+
+
+def test_a_flipped_bit_is_noticed_where_there_is_a_checksum(root):
+    with h5py.File(root / "d.hdf5", "w") as f:
+        for k, x in columns(episodes()).items(): f.create_dataset(k, data=x, fletcher32=True)
+        at = f["rewards"].id.get_chunk_info(0).byte_offset
+    body = bytearray((root / "d.hdf5").read_bytes())
+    body[at + 5] ^= 1
+    with pytest.raises(DataError, match="d.hdf5: not a readable"): load(touch(root / "d.hdf5", body))
+
+
+def test_more_than_the_memory_of_this_machine_is_refused(root, monkeypatch):
+    path = write_hdf5(root / "d.hdf5", episodes())
+    monkeypatch.setattr("bdpo_lit.offline.data._memory", lambda: 1000.0)
+    with pytest.raises(DataError, match="d.hdf5: 'actions' has 128 bytes.* take a part"): load(path)
+
+
+def test_a_message_cannot_play_tricks_on_a_terminal(root):
+    with h5py.File(root / "d.hdf5", "w") as f: h5py.h5g.create(f.id, b"\x1b[2J\xff")
+    with pytest.raises(DataError, match="lacks observations") as error: load(root / "d.hdf5")
+    assert str(error.value).isprintable() and "x1b[2J" in str(error.value)
+    assert str(DataError("a\x1b[2J\nb\udcff")) == "a\\x1b[2J\nb\\udcff"
+
+
+FUZZ = int(os.environ.get("BDPO_LIT_FUZZ", 300))    # how many odd inputs; set more for an hour of them
 FROM = int(os.environ.get("BDPO_LIT_FUZZ_FROM", 0))
 
 
-@pytest.mark.parametrize("what", ["hdf5", "minari"])
-def test_spoilt_files_are_read_or_refused_by_name(what, root):
-    write_minari("toy/spoilt-v0", episodes())
-    path = {"hdf5": write_hdf5(root / "spoilt.hdf5", episodes()),
-            "minari": minari.storage.get_dataset_path("toy/spoilt-v0") / "data" / "main_data.hdf5"}[what]
-    name, whole, read = {"hdf5": path, "minari": "toy/spoilt-v0"}[what], path.read_bytes(), 0
-    for seed in range(FROM, FROM + FUZZ // 2):
-        path.write_bytes(whole)
-        spoil(path, np.random.default_rng(seed))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                read += len(load(name)) > 0
-        except DataError as e: assert str(name) in str(e), seed
-        except Exception as e: raise AssertionError(f"seed {seed}: {type(e).__name__}: {e}") from e
-    assert 0 < read < FUZZ // 2                      # a bit in a number may pass, most do not
-    print(f"{read} of {FUZZ // 2} read")
+def test_odd_files_are_read_rightly_or_refused_by_name(root):
+    found = fuzz(FUZZ, FROM, root)
+    assert not found["bad"], "\n".join(found["bad"][:20])
+    assert found["right"] > FUZZ / 10 and found["refused"] > FUZZ / 2 and found["grown_mb"] < 500
+    print({k: x for k, x in found.items() if k not in ("kinds", "bad")})
+
+
+@pytest.mark.parametrize("guard, without, fault, said", [
+    ("_insist_whole", lambda x, what: None, "strange_hdf5", "silently accepted"),
+    ("_insist_finite", lambda what, good: None, "wrong_array", "silently accepted"),
+    ("_flags", lambda name, x, source: x.astype(bool), "wrong_array", "silently accepted"),
+    ("_insist_steps", lambda stored, steps, source: None, "other_episodes", "silently accepted"),
+    ("_references", lambda stored, source: {}, "metadata", "silently accepted"),
+    ("_boundaries", lambda terminal, timeout, steps: (timeout, np.cumsum(terminal)), "other_form", "other numbers")])
+def test_a_loader_without_a_guard_is_found_out(guard, without, fault, said, root, monkeypatch):
+    monkeypatch.setattr(f"bdpo_lit.offline.data.{guard}", without)
+    assert any(said in bad for bad in fuzz(60, FROM, root, only=fault)["bad"])
 
 
 # ---- tables of one's own
@@ -1009,7 +1044,7 @@ def test_bounds_of_one_component_each():
 
 def test_bounds_of_a_file(root):
     path = write_hdf5(root / "d.hdf5", episodes(), actions=np.linspace(-1.9, 1.9, 32).reshape(16, 2))
-    with pytest.raises(DataError, match="--action-low, --action-high"): load(path)
+    with pytest.raises(DataError, match=r"--action-low, --action-high\), or name it \(--env\)"): load(path)
     assert load(path, action_low=-2, action_high=2).meta["action_low"].tolist() == [-2, -2]
 
 
@@ -1115,17 +1150,35 @@ BAD_NPZ = {
     "missing": (lambda p: p / "none.npz", "none.npz: no such file"),
     "text": (lambda p: touch(p / "d.npz", b"hello" * 99), "not a readable .npz"),
     "truncated": (lambda p: touch(p / "d.npz", packed(p, **columns(episodes())).read_bytes()[:-300]), "not a readable"),
-    "pickled": (lambda p: packed(p, **columns(episodes()) | dict(rewards=np.array([{}] * 16))), "not a readable .npz"),
+    "pickled": (lambda p: packed(p, **columns(episodes()) | dict(rewards=np.array([{}] * 16))),
+                "'rewards.npy' has dtype object"),
     "successors": (lambda p: packed(p, **columns(episodes()), next_observations=np.zeros((16, 2))), "'next_observ"),
     "masks": (lambda p: packed(p, **ogbench() | dict(masks=np.full(12, 0.5))), "'masks' has 12 values other than 0"),
     "short masks": (lambda p: packed(p, **ogbench() | dict(masks=np.ones(3))), "lengths differ"),
     "scalar": (lambda p: packed(p, **columns(episodes()) | dict(rewards=0.0)), "lengths differ"),
     "bomb": (lambda p: bomb(p / "d.npz"), "room for"),
+    "claim": (lambda p: member(p / "d.npz", claim((10**12,)) + bytes(64)), "claims 4000000000000 bytes, but has 64"),
+    "more": (lambda p: member(p / "d.npz", claim((16,)) + bytes(68)), "claims 64 bytes, but has 68"),
+    "no array": (lambda p: member(p / "d.npz", b"text"), "not a readable .npz"),
+    "bzip2": (lambda p: member(p / "d.npz", claim((16,)) + bytes(64), zipfile.ZIP_BZIP2), "never does; write it again"),
+    "twins": (lambda p: member(p / "d.npz", claim((16,)) + bytes(64), name="actions"), "come twice"),
 }
 
 
 def bomb(path):
     np.savez_compressed(path, **columns(episodes()) | dict(observations=np.zeros((20_000_000, 1))))
+    return path
+
+
+def claim(shape):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, dict(descr="<f4", fortran_order=False, shape=shape))
+    return header.getvalue()
+
+
+def member(path, content, method=zipfile.ZIP_STORED, name="rewards.npy"):
+    np.savez(path, **{k: x for k, x in columns(episodes()).items() if k != "rewards"})
+    with zipfile.ZipFile(path, "a", method) as z: z.writestr(name, content)
     return path
 
 
@@ -1157,7 +1210,12 @@ def box(shape, low, high): return json.dumps(dict(type="Box", dtype="float32", s
 @pytest.mark.parametrize("claim, message", [
     (dict(total_episodes=10**13), "claims 10000000000000 episodes"), (dict(total_episodes=-1), "claims -1"),
     (dict(total_episodes="5"), "claims 5"), (dict(total_episodes=10_000), "'episode_5' is missing"),
-    (dict(data_format="csv"), "unknown format"), (dict(minari_version="9.9.9"), "was written by Minari 9.9.9"),
+    (dict(data_format="arrow"), "format arrow; only hdf5 is read"),
+    (dict(total_steps=15), "15 steps, but there are 16"),
+    (dict(total_episodes=4), "tells of 4 episodes, .* has 5"), (dict(total_episodes=True), "claims True"),
+    (dict(observation_space=box([10**9], 0.0, 1.0)), "spaces cannot be read .not spelt out"),
+    (dict(ref_max_score=10**400), "must be numbers"),
+    (dict(minari_version="9.9.9"), "was written by Minari 9.9.9"),
     (dict(ref_min_score="low"), "must be numbers"), (dict(observation_space="[]"), "spaces cannot be read"),
     (dict(observation_space=box([10**13], 0.0, 1.0)), "spaces cannot be read"),
     (dict(observation_space=box([0], [], [])), "only vectors of floats"),
@@ -1212,6 +1270,65 @@ def test_a_specification_from_a_stranger_runs_nothing(root):
     with pytest.raises(DataError, match="spaces cannot be read .*--env"):
         pendulum("toy/evil-v0", env_spec=json.dumps(evil), observation_space=None)
     assert path.exists() and not (root / "owned").exists()
+
+
+@pytest.mark.parametrize("claim", [
+    dict(kwargs=dict(xml_file="/etc/passwd")), dict(kwargs=dict(a=[dict(b="..\\up")])),
+    dict(additional_wrappers=[dict(name="w", entry_point="gymnasium.wrappers:TimeLimit", kwargs=dict(to="~/x"))]),
+    dict(additional_wrappers=[dict(name="w", entry_point="gymnasium.wrappers:RecordVideo",
+                                   kwargs=dict(video_folder="x"))]),
+    dict(additional_wrappers=[dict(name="w", entry_point="gymnasium.utils.play:play", kwargs={})])])
+def test_a_specification_from_a_stranger_reads_and_writes_no_file(claim):
+    with pytest.raises(DataError, match="is (wrapped in what we do not know|given a path) .*--env"):
+        known_spec(json.dumps(json.loads(SPEC_028) | claim))
+
+
+@pytest.mark.parametrize("claim", [dict(max_episode_steps=10**30), dict(max_episode_steps=-1),
+                                   dict(max_episode_steps="9"),
+                                   dict(kwargs=[1]), dict(id=3), dict(additional_wrappers="no")])
+def test_a_specification_with_odd_values_is_none(claim):
+    with pytest.raises(DataError, match="not the specification"): read_spec(json.dumps(json.loads(SPEC_028) | claim))
+    with pytest.warns(DataWarning, match="--env"):
+        assert pendulum("toy/odd-v0", env_spec=json.dumps(json.loads(SPEC_028) | claim)).meta["env_id"] is None
+
+
+@pytest.mark.parametrize("which", ["metadata.json", "main_data.hdf5", "", "more"])
+def test_links_out_of_a_set_are_not_followed(which, root):
+    write_minari("toy/links-v0", episodes())
+    home = minari.storage.get_dataset_path("toy/links-v0")
+    path = home / "data" / which
+    if which == "more": path.symlink_to("/etc")
+    else: link(path, root / "elsewhere")
+    with pytest.raises(DataError, match="toy/links-v0.* is a link out of its folder"): load("toy/links-v0")
+
+
+def link(path, other):
+    path.rename(other)
+    path.symlink_to(other)
+
+
+def test_a_set_may_lie_behind_a_link(root):
+    write_minari("toy/far-v0", episodes())
+    link(minari.storage.get_dataset_path("toy/far-v0"), root / "elsewhere")
+    assert len(load("toy/far-v0")) == 16
+
+
+def test_a_pipe_in_place_of_a_file_does_not_stop_us():
+    write_minari("toy/pipe-v0", episodes())
+    path = minari.storage.get_dataset_path("toy/pipe-v0") / "data" / "metadata.json"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="incomplete or damaged .*no metadata.json"): load("toy/pipe-v0")
+
+
+def test_a_part_of_the_observations_is_not_the_whole():
+    space = gym.spaces.Dict(a=gym.spaces.Box(-9, 9, (3,)), b=gym.spaces.Box(-9, 9, (2,)))
+    rng = np.random.default_rng(0)
+    parts = {k: rng.normal(size=(5, *s.shape)).astype(np.float32) for k, s in space.spaces.items()}
+    write_minari("toy/part-v0", [episode(4, False, rng, observations=parts)], obs=space)
+    part = dict(type="Dict", subspaces=dict(a=json.loads(box([3], [-9.0] * 3, [9.0] * 3))))
+    amend("toy/part-v0", observation_space=json.dumps(part))
+    with pytest.raises(DataError, match="has 2 parts, its space 1"): load("toy/part-v0")
 
 
 def test_a_specification_that_cannot_be_read_is_no_obstacle_but_said():

@@ -58,10 +58,18 @@ class Walk(gym.Env):
         info = {"success": self.t == 3} if self.report else {}
         if self.fault == "raises": raise ZeroDivisionError("the simulator\nis broken")
         if self.fault == "exits": raise SystemExit(3)
-        obs = np.full(2, np.nan, np.float32) if self.fault == "nan obs" else self.x.copy()
-        paid = {None: float(action[0] + self.x[1]), "nan": np.nan, "inf": np.inf, "none": None, "pair": np.ones(2)}
+        if self.fault == "old": return self.x.copy(), 0.0, end, {}
+        shown = {"nan obs": np.full(2, np.nan, np.float32), "no obs": None, "words": np.array(["a", "b"]),
+                 "column": self.x[:, None], "uneven": [1, [2]]}
+        obs = shown.get(self.fault, self.x.copy())
+        paid = {None: float(action[0] + self.x[1]), "nan": np.nan, "inf": np.inf, "none": None, "pair": np.ones(2),
+                "one": np.array([action[0] + self.x[1]], np.float32), "text": "much"}
         reward = paid.get(self.fault, 0.0)
+        if self.fault == "tells words": info = {"success": "yes"}
         return obs, reward, end and self.t % 2 == 0, end and self.t % 2 == 1, info
+
+    def close(self):
+        if self.fault == "close": raise OSError("it will not close")
 
 
 def policy(obs):
@@ -174,20 +182,73 @@ def test_unsupported_settings(monkeypatch):
 
 
 @pytest.mark.parametrize("fault, message", [
-    ("raises", "^the environment Walk failed in step with ZeroDivisionError: the simulator$"),
-    ("exits", "Walk failed in step with SystemExit: 3"),
-    ("pair", "Walk failed in step with ValueError: setting an array element"),
-    ("nan obs", "Walk returned an observation with NaN or infinite numbers"),
+    ("raises", "failed in step with ZeroDivisionError: the simulator"),
+    ("exits", "failed in step with SystemExit: 3"),
+    ("old", r"failed in step with ValueError: not enough values .* got 4.; Gymnasium's reset returns 2 .*, and step 5"),
+    ("pair", r"paid a reward of shape \(2,\)"),
+    ("text", "failed in step with ValueError: could not convert string to float: 'much'"),
+    ("nan obs", "returned an observation with NaN or infinite numbers"),
+    ("no obs", r"showed an observation of shape \(\) \(object\); its space is Box\(.*"),
+    ("words", r"showed an observation of shape \(2,\) \(<U1\); its space is Box\(.*"),
+    ("column", r"showed an observation of shape \(2, 1\) \(float32\); its space is Box\(.*"),
+    ("uneven", r"showed an observation of shape uneven \(list\); its space is Box\(.*"),
+    ("tells words", "failed in its report of success with ValueError: could not convert string to float: .*"),
 ])
 def test_environments_that_fail_are_named_in_one_line(fault, message):
-    with pytest.raises(EnvError, match=message) as e:
+    where = "" if fault == "tells words" else r" \(episode 1, step 1\)"
+    with pytest.raises(EnvError, match=f"^the environment Walk {message}{where}$") as e:
         evaluate(policy, lambda: Walk(fault=fault), 2)
     assert "\n" not in str(e.value)
 
 
+def test_a_fault_is_found_in_its_episode_and_step():
+    class Late(Walk):
+        def step(self, action):
+            if self.length == 9 and self.t == 3: raise KeyError("late")
+            return super().step(action)
+
+        def reset(self, **kwargs):
+            obs, info = super().reset(**kwargs)
+            return (obs[0] if self.length == 5 else obs), info
+
+    for cls, length, where in ((Late, 9, "step 4"), (Late, 5, "at its start")):
+        seed = next(s for s in range(99) if (x := [len(alone(k)[3]) - 1 for k in episode_seeds(s, 9)])
+                    and length in x[3:] and {5, 9} & set(x) == {length})
+        first = [len(alone(k)[3]) - 1 for k in episode_seeds(seed, 9)].index(length)
+        for width in (1, 3):
+            with pytest.raises(EnvError, match=rf"\(episode {first + 1}, {where}\)$"):
+                evaluate(policy, cls, 9, seed=seed, num_envs=width)
+
+
+def test_an_environment_that_cannot_be_built_or_closed():
+    def broken(): raise FileNotFoundError("no\nmodel")
+
+    with pytest.raises(EnvError, match=r"^the environment cannot be built \(FileNotFoundError: no\)$"):
+        evaluate(policy, broken, 2)
+    with pytest.warns(UserWarning, match="Walk failed in close with OSError: it will not close; its episodes count"):
+        played = evaluate(policy, lambda: Walk(fault="close"), 3)
+    assert len(played) == 3 and played.fault is None
+
+
+def test_a_reward_in_an_array_of_one_is_a_number():
+    assert evaluate(policy, lambda: Walk(fault="one"), 3).returns == pytest.approx(evaluate(policy, Walk, 3).returns)
+
+
+def test_success_may_be_reported_at_the_end_only():
+    class Quiet(Walk):
+        def step(self, action):
+            *made, _ = super().step(action)
+            return *made, ({"is_success": np.bool_(self.length > 7)} if made[2] or made[3] else {})
+
+    lengths = [len(alone(s)[3]) - 1 for s in episode_seeds(0, 12)]
+    assert evaluate(policy, Quiet, 12, num_envs=5).success.tolist() == [float(n > 7) for n in lengths]
+
+
 @pytest.mark.parametrize("fault", ["nan", "inf", "none"])
 def test_a_reward_that_is_no_number_makes_the_return_nan(fault):
-    assert np.isnan(evaluate(policy, lambda: Walk(fault=fault), 3).returns).all()
+    played = evaluate(policy, lambda: Walk(fault=fault), 3)
+    assert np.isnan(played.returns).all()
+    assert played.fault == f"the environment Walk paid {'inf' if fault == 'inf' else 'nan'} (episode 1, step 1)"
 
 
 def test_an_environment_with_its_own_limit_may_take_longer(monkeypatch):

@@ -21,12 +21,13 @@ from bdpo_lit.algorithm.speed import (
     gradients,
     keep_memory,
     prepare_for_recording,
+    products,
     rough,
     synthetic_batch,
     unchanged,
     use_activate,
 )
-from bdpo_lit.evidence.benchmark import Worker, cycle_ratio, ratios
+from bdpo_lit.evidence.benchmark import Worker, cycle_ratio, ratios, table
 from bdpo_lit.offline.data import Transitions
 from bdpo_lit.offline.training import RunError, TrainConfig, Training, load_agent, load_checkpoint, run_together
 from bdpo_lit.reference.style import RESULTS
@@ -78,12 +79,47 @@ def test_a_difference_would_be_noticed():
         assert far(gradients(fast, batch, draws), reference) > 1e-6, change
 
 
+def test_at_the_last_step_one_of_the_equal_actions_is_asked_about():
+    agent, batch, rows = BDPO(3, 2, BDPOConfig(**TINY)), synthetic_batch(24, 3, 2), {}
+    for name in ("q", "v"):
+        head = getattr(agent, name).target.mlp.head
+        head.register_forward_hook(lambda module, inputs, out, name=name: rows.update({name: out[0].numel()}))
+    draws = agent.draw(batch, "actor")
+    agent.policy_loss(batch, **draws)
+    last = (draws["n"] == 1).sum().item()
+    assert 0 < last < 24 and rows == dict(q=last, v=(24 - last) * TINY["num_samples"])
+
+
+def test_the_products_alone_are_those_of_the_update():
+    agent, batch = BDPO(3, 2, BDPOConfig(**TINY)), synthetic_batch(24, 3, 2)
+    for op in speed.UPDATES:
+        state = agent.generator.get_state()
+        alone = products(agent, batch, op)
+        agent.generator.set_state(state)                        # the same n, so the same rows
+        with speed.FlopCounterMode(display=False) as flops: alone()
+        with speed.FlopCounterMode(display=False) as whole: getattr(agent, f"update_{speed.UPDATES[op]}")(batch)
+        assert flops.get_total_flops() == whole.get_total_flops() > 0
+
+
 @compiles
 def test_compiled_activations_compute_the_same():
     for case in ("locomotion", "antmaze"):
         fast, plain, batch, draws = twins(**CASES[case])
         use_activate(fast, fused_activate)
         assert far(gradients(fast, batch, draws), gradients(plain, batch, draws)) < 1e-11
+
+
+@compiles
+def test_what_is_compiled_serves_all_sizes_and_is_not_left_for_the_plain_function():
+    "A compiler that meets too many kinds of arguments gives up, and says so on standard error alone."
+    agent = BDPO(3, 2, BDPOConfig(**TINY, warmup_steps=0, actor_every=1))
+    use_activate(agent, fused_activate)
+    def once(size):
+        batch = synthetic_batch(size, 3, 2)
+        agent.update(batch)
+        agent.act(batch.obs[:4])
+    once(24)
+    with torch.compiler.set_stance("fail_on_recompile"): once(17)
 
 
 def test_without_a_compiler_the_agent_stays_eager_and_says_so(monkeypatch):
@@ -201,6 +237,7 @@ def test_a_failed_recording_leaves_a_working_agent(monkeypatch):
     monkeypatch.setattr(speed, "compiler_trouble", lambda device: "not tried")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     before, agent.device = agent.generator.get_state(), Pretended("cpu")
     with pytest.raises(ValueError, match="batch is needed"): accelerate(agent, "cudagraph")
     said = accelerate(agent, "cudagraph", batch)
@@ -257,3 +294,17 @@ def test_stored_measurements_reach_what_the_chapter_says():
     way = result["locomotion"]["ratio"]
     assert way["fast"]["cycle"]["ratio"] <= 0.45 and way["fast"]["pretrain"]["ratio"] <= 1
     assert all(way["fast"][op]["ratio"] < way["jax bdpo"][op]["ratio"] for op in ("pretrain", "critic", "actor"))
+
+
+def test_the_table_says_what_its_rows_and_columns_are():
+    text = table(json.loads((RESULTS / "speed_cpu.json").read_text()))
+    _, _, legend = text.rpartition("\n\n")
+    explained = [line.split("  ")[1].strip() for line in legend.splitlines()]
+    assert {"plain", "less", "kept", "fast", "jax bdpo", "critic", "cycle"} <= set(explained)
+    assert len(explained) == len(set(explained))
+
+
+def test_stored_steps_are_faster_after_than_before():
+    found = json.loads((RESULTS / "speed_steps.json").read_text())["locomotion"]["ratio"]
+    for way in ("kept", "fast"):
+        assert all(found[way][op]["ratio"] < found[f"before {way}"][op]["ratio"] for op in ("critic", "actor")), way

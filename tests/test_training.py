@@ -460,16 +460,32 @@ class Evil:
     def __reduce__(self): return (Path.touch, (self.path,))
 
 
+def flip(path, byte, bit=0):
+    "One bit of a file becomes another one."
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def sealed(path, what):
+    "A file of torch with the checksum that ours have."
+    torch.save(what, path)
+    path.write_bytes(path.read_bytes() + training._seal(path.read_bytes()))
+
+
 FAULTS = {
-    "cut": (lambda p: p.write_bytes(p.read_bytes()[:-50]), "cut short"),
-    "empty": (lambda p: p.write_bytes(b""), "cut short"),
-    "text": (lambda p: p.write_text("hello"), "not bdpo_lit's"),
-    "evil": (lambda p: p.write_bytes(pickle.dumps(Evil(p.with_name("touched")), 2)), "not bdpo_lit's"),
-    "evil in torch": (lambda p: torch.save(dict(x=Evil(p.with_name("touched"))), p), "not bdpo_lit's"),
-    "other": (lambda p: torch.save(dict(weight=torch.zeros(2)), p), "not a checkpoint of bdpo_lit"),
-    "tensor": (lambda p: torch.save(torch.zeros(2), p), "not a checkpoint of bdpo_lit"),
-    "newer": (lambda p: edit(p, version=3), "version 3, and this bdpo_lit reads version 2; use the release"),
-    "older": (lambda p: edit(p, version=1), "version 1, and this bdpo_lit reads version 2; use the release"),
+    "cut": (lambda p: p.write_bytes(p.read_bytes()[:-50]), "no checksum, so it was cut short"),
+    "empty": (lambda p: p.write_bytes(b""), "no checksum, so it was cut short"),
+    "text": (lambda p: p.write_text("hello"), "or is of another program"),
+    "flipped": (lambda p: flip(p, 5000), "checksum does not fit"),
+    "flipped seal": (lambda p: flip(p, -1), "checksum does not fit"),
+    "evil": (lambda p: p.write_bytes(pickle.dumps(Evil(p.with_name("touched")), 2)), "no checksum"),
+    "evil in torch": (lambda p: sealed(p, dict(x=Evil(p.with_name("touched")))), "was not written by this bdpo_lit"),
+    "other": (lambda p: torch.save(dict(weight=torch.zeros(2)), p), "or is of another program"),
+    "tensor": (lambda p: sealed(p, torch.zeros(2)), "not a checkpoint of bdpo_lit"),
+    "newer": (lambda p: edit(p, version=4), "version 4, and this bdpo_lit reads version 3; use the release"),
+    "older": (lambda p: edit(p, version=2), "version 2, and this bdpo_lit reads version 3; use the release"),
+    "of before the checksum": (lambda p: p.write_bytes(p.read_bytes()[:-72]), "or an older release"),
     "gone": (lambda p: p.unlink(), "no checkpoint"),
 }
 
@@ -517,14 +533,10 @@ def test_agent_of_a_gpu_plays_on_the_cpu(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_full_disk(tmp_path):
+def test_full_disk_while_rows_are_added(tmp_path):
     t = start(tmp_path, env=None)
     with closing(t.run()) as loop: next(loop)
-    before = (tmp_path / "last.pt").read_bytes()
-    (tmp_path / "last.pt.part").symlink_to("/dev/full")
-    with pytest.raises(RunError, match=r"cannot write .*last.pt: No space left.*free some space"): t.save()
-    assert (tmp_path / "last.pt").read_bytes() == before
-    (tmp_path / "last.pt.part").unlink()
+    (tmp_path / "metrics.csv").unlink(missing_ok=True)
     (tmp_path / "metrics.csv").symlink_to("/dev/full")
     with pytest.raises(RunError, match=r"cannot write .*metrics.csv: No space left"): list(t.run())
     (tmp_path / "metrics.csv").unlink()
@@ -759,6 +771,9 @@ def test_no_warning_without_cause():
     assert not training._verdict([line(100), line(101, "last", seed=1)], SIGNS, 1)
     assert not training._verdict([line(100), line(99, "last", seed=1)], SIGNS, 1), "within the noise"
     assert training._verdict([dict(name="data", who="data", mean=100.0), line(50, "last")], SIGNS, 1)
+    many = [line(100), line(200, num_actions=10), line(150, "last"), line(210, "last", num_actions=10, name="ten")]
+    assert not training._verdict(many, SIGNS, 1), "a clone that lets Q choose plays another game"
+    assert "ten surely earns more (2" in training._better_played(many, 1)[0]
     ten = [line(100), line(50, "last", num_actions=10), line(110, "last", name="one")]
     assert "But one does not: play it like this." in training._verdict(ten, SIGNS, 10)[0]
     assert "pretrain longer" in advice(SIGNS | dict(penalty=0.01), poor_clone=True)

@@ -60,7 +60,7 @@ def q_target(reward: Float[Tensor, "B"],      # r
 # %% ../../nbs/algorithm/09_critics.ipynb #08-023
 def lower_values(q: QNet, v: VNet,           # critics of both clocks
                  obs: Float[Tensor, "B S"],  # states
-                 x: Float[Tensor, "B M A"],  # actions a^{n-1}
+                 x: Float[Tensor, "B M A"],  # actions a^{n-1}; at n = 1 all M alike
                  n: Int[Tensor, "B"],        # n - 1 is where x stands
                  fixed: bool = False,        # shapes do not depend on n, for more work
                 ) -> Float[Tensor, "K B M"]:
@@ -69,7 +69,7 @@ def lower_values(q: QNet, v: VNet,           # critics of both clocks
         obs, n = obs.unsqueeze(1), n.unsqueeze(1)
         return torch.where(n == 1, q(obs, x), v(obs, x, n - 1))
     first, rest = (n == 1).nonzero().squeeze(-1), (n > 1).nonzero().squeeze(-1)
-    at_q = q(obs[first].unsqueeze(1), x[first])
+    at_q = q(obs[first].unsqueeze(1), x[first, :1]).expand(-1, -1, x.shape[1])
     at_v = v(obs[rest].unsqueeze(1), x[rest], (n[rest] - 1).unsqueeze(-1))
     order = torch.cat([first, rest]).argsort()    # back to the order of the batch
     return torch.cat([at_q, at_v], 1)[:, order]

@@ -18,25 +18,25 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # %% ../../nbs/algorithm/07_networks.ipynb #766654eb
-def _phi_and_slope(z: Tensor, want_slope: bool) -> tuple[Tensor, Tensor | None]:
-    "phi of Eq. (7.1) and, where a gradient will be wanted, mish' of Eq. (7.2)."
+def _mish_and_slope(z: Tensor, want_slope: bool) -> tuple[Tensor, Tensor | None]:
+    "z phi, Eq. (7.1), and, where a gradient will be wanted, mish' of Eq. (7.2)."
     logistic = torch.sigmoid(z)
     rest = 2 - logistic
-    chi = logistic * rest
+    chi = logistic * rest if want_slope else logistic.mul_(rest)
     phi = chi.div_(torch.sub(2, chi, out=rest))        # tanh(softplus(z))
-    if not want_slope: return phi, None
-    slope = torch.mul(z, logistic, out=logistic)
-    one_minus = torch.mul(phi, phi, out=rest).neg_().add_(1)
-    return phi, torch.addcmul(phi, slope, one_minus)
+    if want_slope:
+        one_minus = torch.mul(phi, phi, out=rest).neg_().add_(1)
+        rest = torch.addcmul(phi, logistic.mul_(z), one_minus, out=rest)
+    return phi.mul_(z), rest if want_slope else None
 
 # %% ../../nbs/algorithm/07_networks.ipynb #06-006
 class _Mish(torch.autograd.Function):
-    "z phi(z), Eq. (7.1), and its derivative, Eq. (7.2)."
+    "mish, and its derivative."
     @staticmethod
     def forward(ctx, z):
-        phi, slope = _phi_and_slope(z, ctx.needs_input_grad[0])
-        if slope is not None: ctx.save_for_backward(slope)
-        return z * phi
+        value, slope = _mish_and_slope(z, want_slope=True)
+        ctx.save_for_backward(slope)
+        return value
 
     @staticmethod
     @once_differentiable
@@ -46,8 +46,10 @@ class _Mish(torch.autograd.Function):
 def mish(z: Float[Tensor, "*B"],  # any shape
         ) -> Float[Tensor, "*B"]:
     "z tanh(softplus(z)); PyTorch's own on a GPU and inside `torch.vmap`."
-    if z.is_cuda or torch._C._functorch.is_batchedtensor(z): return F.mish(z)
-    return _Mish.apply(z)
+    if z.is_cuda: return F.mish(z)
+    learns = z.requires_grad and torch.is_grad_enabled()
+    try: return _Mish.apply(z) if learns else _mish_and_slope(z, False)[0]
+    except RuntimeError: return F.mish(z)       # `vmap` takes neither of the two
 
 # %% ../../nbs/algorithm/07_networks.ipynb #06-010
 class EnsembleLinear(nn.Module):

@@ -35,7 +35,8 @@ from ..offline.data import (DataError, Scaling, Transitions, episode_returns,
 from ..offline.evaluation import evaluate
 from ..offline.maze import find_or_make, permalink
 from ..offline.tasks import Task
-from ..offline.training import RunError, TrainConfig, Training, load_agent, watch
+from ..offline.training import (RunError, TrainConfig, Training, load_agent,
+                                       watch, write_whole)
 from ..reference.style import provenance
 
 # %% ../../nbs/evidence/21_cheetah.ipynb #15b-006
@@ -377,5 +378,5 @@ def compare(seed: int = 0,                # of weights, noise, order; the data s
     returns = _contest(field, episodes)
     found = (dict(seed=seed, cpu_seconds=seconds, returns=returns)
              | _where_from(training, raw, seed))
-    (run_dir / "results.json").write_text(json.dumps(found))
+    write_whole(run_dir / "results.json", json.dumps(found).encode())
     return found

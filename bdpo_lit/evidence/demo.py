@@ -6,7 +6,9 @@
 __all__ = ['PRESETS', 'Preset', 'draw_contest', 'draw_curves', 'draw_landscape', 'demo']
 
 # %% ../../nbs/evidence/20_demo.ipynb #15-003
+import io
 import json
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from ..offline.evaluation import vectorize
 from ..offline.maze import (MAZE_ID, cell_center, collect_maze, draw_maze,
                                    episode_gif, make_maze_env, plot_trajectories)
 from ..offline.training import (Entry, RunError, TrainConfig, Training, contest,
-                                       scoreboard, show_scoreboard, watch)
+                                       scoreboard, show_scoreboard, watch, write_whole)
 from ..reference.style import COLORS, provenance, use_style
 
 # %% ../../nbs/evidence/20_demo.ipynb #15-006
@@ -169,7 +171,7 @@ def _report(preset: str, run_dir: Path, training: Training, played: dict[str, En
                  ref_min=meta["ref_min_score"], ref_max=meta["ref_max_score"],
                  config=config, evaluations=training.evaluations,
                  scores={r["name"]: _score(r) for r in board["rows"] if "returns" in r})
-    (run_dir / "results.json").write_text(json.dumps(found, indent=1))
+    write_whole(run_dir / "results.json", json.dumps(found, indent=1).encode())
     _draw_all(run_dir, training.agent, played, meta["ref_max_score"])
     print(f"\n{show_scoreboard(board)}\n\n"
           f"Pictures, metrics and checkpoints: {run_dir.resolve()}")
@@ -186,8 +188,11 @@ def _draw_all(run_dir: Path, agent: BDPO, played: dict[str, Entry], ref_max: flo
     figures = dict(trajectories=draw_contest(played, ref_max),
                    curves=draw_curves(run_dir), landscape=draw_landscape(agent))
     for name, fig in figures.items():
-        fig.savefig(run_dir / f"{name}.png")
+        fig.savefig(file := io.BytesIO(), format="png")
+        write_whole(run_dir / f"{name}.png", file.getvalue())
         plt.close(fig)
     best = played["BDPO, best of 10"].played
     median = best.trajectories[int(np.argsort(best.returns)[len(best) // 2])]
-    episode_gif(run_dir / "agent.gif", median)
+    with tempfile.TemporaryDirectory() as folder:
+        film = episode_gif(Path(folder) / "agent.gif", median)
+        write_whole(run_dir / "agent.gif", film.read_bytes())

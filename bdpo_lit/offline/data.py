@@ -20,6 +20,7 @@ import urllib.error
 import urllib.request
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -37,8 +38,8 @@ from fastcore.basics import patch
 from gymnasium.envs.registration import EnvSpec
 from jaxtyping import Float, Int, Shaped
 from matplotlib.figure import Figure
-from minari.dataset.minari_storage import MinariStorage
 from minari.serialization import deserialize_space
+from numpy.lib import format as npy
 from torch import Tensor
 from tqdm.auto import tqdm
 from ..reference.style import COLORS, use_style
@@ -52,9 +53,16 @@ class Batch(NamedTuple):
     next_obs: Float[Tensor, "B S"]  # s'
     terminal: Float[Tensor, "B"]    # d: 1 where the task ended at s', else 0
 
+# %% ../../nbs/offline/13_data.ipynb #b8cf5ed0
+def _printable(c: str) -> str:
+    "A character, or its code, where a terminal would obey it."
+    return c if c.isprintable() or c == "\n" else ascii(c)[1:-1]
+
 # %% ../../nbs/offline/13_data.ipynb #12-012
 class DataError(ValueError):
     "Bad input data; the message says which, what was found, and what would be valid."
+    def __init__(self, message: str):  # parts of it come from files
+        super().__init__("".join(map(_printable, message[:5000])))
 
 # %% ../../nbs/offline/13_data.ipynb #6018c1e3
 class DataWarning(UserWarning):
@@ -170,7 +178,8 @@ def _check_bounds(low: np.ndarray, high: np.ndarray, source: str):
     with np.errstate(over="ignore", invalid="ignore"): width = high - low
     _insist(np.isfinite(width).all() and (low < high).all(),
             f"{source}: the action space has bounds {low} to {high}; they must be "
-            "finite, lower below upper")
+            "finite, lower below upper; those of a file can be given (action_low, "
+            "action_high; --action-low, --action-high), or its environment (--env)")
 
 # %% ../../nbs/offline/13_data.ipynb #90990d3b
 def _outside(action: np.ndarray, bad: np.ndarray, low, high, source: str) -> DataError:
@@ -179,8 +188,8 @@ def _outside(action: np.ndarray, bad: np.ndarray, low, high, source: str) -> Dat
     return DataError(f"{source}: {int(bad.sum())} actions lie outside the bounds {low} "
                      f"to {high}, the first at index {i}: {action[i]}; if the "
                      "environment has other bounds, pass action_low and action_high "
-                     "(--action-low, --action-high); if these are right, "
-                     "clip_outside=True (--clip-outside) pulls the actions in")
+                     "(--action-low, --action-high), or name it (--env); if these are "
+                     "right, clip_outside=True (--clip-outside) pulls the actions in")
 
 # %% ../../nbs/offline/13_data.ipynb #c8601089
 def clip_actions(action: Float[np.ndarray, "T A"],  # as recorded
@@ -391,8 +400,10 @@ def data_warnings(transitions: Transitions,  # a data set
 # %% ../../nbs/offline/13_data.ipynb #0486a85b
 def _insist_numbers(what: str, dtype: np.dtype):
     "Raise `DataError` unless the dtype is real numbers or truth values."
-    _insist(dtype.kind in "fiub", f"{what} has dtype {dtype}; expected floats (or "
-                                  "integers and booleans that stand for them)")
+    names = h5py.check_enum_dtype(dtype)  # numbers that stand for words
+    _insist(dtype.kind in "fiub" and not names,
+            f"{what} has dtype {str(names or dtype)[:80]}; expected floats (or "
+            "integers and booleans that stand for them)")
 
 # %% ../../nbs/offline/13_data.ipynb #9b73bac9
 def _native(x: np.ndarray) -> np.ndarray:
@@ -428,13 +439,34 @@ def _hdf5(path: Path, source: str) -> Iterator["_Reader"]:
                         "truncated, damaged or in use, get it again") from None
 
 # %% ../../nbs/offline/13_data.ipynb #15b1bb69
+def _memory() -> float:
+    "Bytes of memory of this machine; infinite where that is not known."
+    try: return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError): return math.inf  # Windows
+
+# %% ../../nbs/offline/13_data.ipynb #59a64c4d
 ROOM = 64 * 2**20  # bytes any file may unpack to; beyond, 100 times the file's size
 
+class _Room:
+    "How many bytes of numbers a file may still hold."
+    def __init__(self, path: Path):
+        self.left, self.memory = max(ROOM, 100 * os.path.getsize(path)), _memory() / 4
+
+    def take(self, what: str, shape: tuple[int, ...], dtype: np.dtype):
+        "Note an array of this shape; `DataError` if there is no room for it."
+        size = math.prod(shape) * max(dtype.itemsize, 4)
+        _insist(size <= self.left, f"{what} declares {size} bytes, the file has room "
+                f"for {self.left} (64 MiB, or 100 times its size): it is damaged, or "
+                "packed too well; then write it unpacked (h5repack -f NONE, np.savez)")
+        _insist(size <= self.memory, f"{what} has {size} bytes, which needs four times "
+                f"as many to load; {4 * self.memory:.0f} are left here: take a part")
+        self.left, self.memory = self.left - size, self.memory - size
+
+# %% ../../nbs/offline/13_data.ipynb #83cc63d9
 class _Reader:
-    "Reads from an open HDF5 file what is its own, of numbers, and fits."
+    "Reads from an open HDF5 file what is its own, of numbers, fits, and is whole."
     def __init__(self, file: h5py.File, path: Path, source: str):
-        self.file, self.source = file, source
-        self.room = max(ROOM, 100 * os.path.getsize(path))
+        self.file, self.source, self.room = file, source, _Room(path)
 
     def what(self, group, key: str) -> str:
         "The file and the name of an object in it, for messages."
@@ -446,7 +478,8 @@ def child(self: _Reader, group, key: str):
     "The object of that name; `DataError` if there is none, or it is elsewhere."
     what = self.what(group, key)
     _insist(isinstance(group, h5py.Group), f"{what}: not in a group")
-    _insist("/" not in key, f"{what}: a name with a slash would lead elsewhere")
+    _insist(key.isprintable() and "/" not in key,
+            f"{what}: no plain name; one with a slash would lead elsewhere")
     links, name = group.id.links, key.encode()
     _insist(links.exists(name), f"{what} is missing; the file is incomplete or damaged")
     _insist(links.get_info(name).type == h5py.h5l.TYPE_HARD,
@@ -467,15 +500,50 @@ def array(self: _Reader, group, key: str) -> h5py.Dataset:
     return x
 
 # %% ../../nbs/offline/13_data.ipynb #a7fffaf8
+_PACKED = (h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32)
+
+def _insist_packed_simply(x: h5py.Dataset, what: str) -> list[int]:
+    "The filters of an array, HDF5's numbers; `DataError` on others than `_PACKED`."
+    of = x.id.get_create_plist()
+    filters = [of.get_filter(i)[0] for i in range(of.get_nfilters())]
+    _insist(set(filters) <= set(_PACKED) and len(set(filters)) == len(filters),
+            f"{what} is packed in a way that is not read here (filters {filters}); "
+            "write it again unpacked, or with gzip once (h5repack -f GZIP=4)")
+    return filters
+
+# %% ../../nbs/offline/13_data.ipynb #3761fab3
+def _stored(x: h5py.Dataset, piece, filters: list[int], most: int) -> int:
+    "Bytes that a stored piece holds when unpacked, counted no further than `most`."
+    packed = h5py.h5z.FILTER_DEFLATE in filters and not piece.filter_mask
+    if not packed: return piece.size
+    data = x.id.read_direct_chunk(piece.chunk_offset)[1]
+    return len(zlib.decompressobj().decompress(data, most))
+
+# %% ../../nbs/offline/13_data.ipynb #5795b088
+def _insist_whole(x: h5py.Dataset, what: str):
+    "Raise `DataError` if a piece of an array is not there, or not of its size."
+    item, pieces = x.id.get_type().get_size(), []
+    gap = f"{what} was not written to its end, and would read as zeros; get it again"
+    if x.chunks is None:
+        return _insist(x.id.get_storage_size() == x.size * item, gap)
+    filters = _insist_packed_simply(x, what)
+    x.id.chunk_iter(pieces.append)
+    inside = lambda at: all(i in range(0, n, c)
+                            for i, n, c in zip(at, x.shape, x.chunks))
+    there = {p.chunk_offset for p in pieces if inside(p.chunk_offset)}
+    _insist(len(there) == math.prod(-(-n // c) for n, c in zip(x.shape, x.chunks)), gap)
+    whole = item * math.prod(x.chunks)
+    sizes = {whole, whole + 4 * (h5py.h5z.FILTER_FLETCHER32 in filters)}  # a checksum
+    _insist({_stored(x, p, filters, whole + 5) for p in pieces} <= sizes,
+            f"{what} does not unpack to its size; it is damaged, get it again")
+
+# %% ../../nbs/offline/13_data.ipynb #91aea33d
 @patch
 def read(self: _Reader, group, key: str) -> np.ndarray:
-    "The values of an array, if there is room for them; else `DataError`."
-    x = self.array(group, key)
-    size, chunk = (x.dtype.itemsize * math.prod(s) for s in (x.shape, x.chunks or ()))
-    _insist(max(size, chunk) <= self.room,
-            f"{self.what(group, key)} declares {size} bytes, in pieces of {chunk}; the "
-            f"file has room for {self.room} (64 MiB, or 100 times its size)")
-    self.room -= size
+    "The values of an array, if it fits and is whole; else `DataError`."
+    x, what = self.array(group, key), self.what(group, key)
+    self.room.take(what, max(x.shape, x.chunks or (), key=math.prod), x.dtype)
+    _insist_whole(x, what)
     return _native(x[()])
 
 # %% ../../nbs/offline/13_data.ipynb #4ac40dd1
@@ -498,8 +566,8 @@ def _build(arrays: dict[str, np.ndarray], meta: dict, clip_outside: bool,
 # %% ../../nbs/offline/13_data.ipynb #12-025
 def _check_space(space: gym.Space, what: str, source: str):
     "Raise `DataError` unless this is a vector of floats, or a Dict of such vectors."
-    found, nested = f"{source}: the {what} space is {space}", what != "action"
-    if nested and isinstance(space, gym.spaces.Dict) and len(space):
+    found = f"{source}: the {what} space is {str(space)[:200]}"
+    if what != "action" and isinstance(space, gym.spaces.Dict) and len(space):
         for k, s in space.items(): _check_space(s, f"{what}['{k}']", source)
         return
     _insist(isinstance(space, gym.spaces.Box), f"{found}; only vectors of floats (Box) "
@@ -527,8 +595,9 @@ _ELSEWHERE = ("  download=True (--download) fetches a set that Minari hosts; a f
 # %% ../../nbs/offline/13_data.ipynb #12-030
 def _not_found(dataset_id: str, folder: Path) -> DataError:
     "What to say of a set that is not on disk: names like it, and where to get it."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about other, half-written sets
+    local = []
+    with warnings.catch_warnings(), suppress(Exception):  # other, half-written sets
+        warnings.simplefilter("ignore")
         local = list(minari.list_local_datasets())
     near = difflib.get_close_matches(dataset_id, [*local, *D4RL_TASKS], 3, 0.4)
     lines = [f"data set '{dataset_id}' not found: there is no {folder}"]
@@ -567,25 +636,34 @@ def _damaged(source: str, folder: Path, e: Exception) -> DataError:
                      "get the data again")
 
 # %% ../../nbs/offline/13_data.ipynb #34d1e95c
-def _size(folder: Path) -> int:
-    "Bytes in a folder."
-    return sum(f.stat().st_size for f in folder.rglob("*"))
+def _size(folder: Path, source: str) -> int:
+    "Bytes in a folder; `DataError` if something in it is a link out of it."
+    home, size = folder.resolve(), 0
+    for f in folder.rglob("*"):
+        size += f.lstat().st_size
+        _insist(f.resolve().is_relative_to(home), f"{source}: {f} is a link out of its "
+                "folder; only what lies there is read, put a copy in its place")
+    return size
 
 # %% ../../nbs/offline/13_data.ipynb #869dcbb2
 def _metadata(folder: Path, source: str) -> dict:
     "The metadata of a Minari set; `DataError` if they lack or claim too much."
     try:
-        stored = json.loads((folder / "metadata.json").read_text(encoding="utf8"))
-        n, size = stored["total_episodes"], _size(folder)
-        version, kind = str(stored["minari_version"]), stored["data_format"]
+        size, file = _size(folder.parent, source), folder / "metadata.json"
+        if not file.is_file(): raise FileNotFoundError(f"no {file.name}")
+        stored = json.loads(file.read_text(encoding="utf8"))
+        n, kind = stored["total_episodes"], stored["data_format"]
+        version = str(stored["minari_version"])[:80]
         if kind == "hdf5": (folder / "main_data.hdf5").stat()
+    except DataError: raise
     except Exception as e: raise _damaged(source, folder, e) from None
-    _insist(isinstance(n, int) and 0 <= n <= size,
-            f"{source}: metadata.json claims {n} episodes in {size} bytes of data")
+    _insist(type(n) is int and 0 <= n <= size, f"{source}: metadata.json claims "
+            f"{str(n)[:80]} episodes in {size} bytes of data")
     _insist(version in minari.supported_dataset_versions,
             f"{source} was written by Minari {version}, which the installed one does "
             f"not read; get a newer Minari")
-    _insist(kind in ("hdf5", "arrow"), f"{source} has the unknown format {kind}")
+    _insist(kind == "hdf5", f"{source} has the format {str(kind)[:80]}; only hdf5 is "
+            "read. Pass what minari.load_dataset gives to from_arrays")
     return stored
 
 # %% ../../nbs/offline/13_data.ipynb #a1a46cdc
@@ -596,24 +674,51 @@ def read_spec(text: str,     # JSON, as Minari stores it
     try:
         stored = {"additional_wrappers": []} | json.loads(text)
         kept = {k: x for k, x in stored.items() if k in known}
-        return EnvSpec.from_json(json.dumps(kept))
+        spec = EnvSpec.from_json(json.dumps(kept))
+        steps, named = spec.max_episode_steps, isinstance(spec.kwargs, dict)
+        limited = steps is None or type(steps) is int and 0 < steps < 2**31
+        if not (named and limited): raise ValueError("its limit or kwargs are odd")
+        return spec
     except Exception as e:
         raise DataError(f"not the specification of an environment: {str(text)[:80]} "
                         f"({str(e)[:200]}); name one yourself (env, --env)") from None
 
+# %% ../../nbs/offline/13_data.ipynb #ef8368c7
+_WRAPPERS = {f"{w.__module__}:{w.__name__}" for w in vars(gym.wrappers).values()
+             if isinstance(w, type) and issubclass(w, gym.Wrapper)
+             and w not in (gym.wrappers.RecordVideo, gym.wrappers.HumanRendering)}
+
 # %% ../../nbs/offline/13_data.ipynb #e70ecaeb
 def known_spec(text: str) -> EnvSpec:  # from JSON, as Minari stores it
-    "A specification that names only code registered here; else `DataError`."
+    "A specification that names only code registered here, no files; else `DataError`."
     import gymnasium_robotics; gym.register_envs(gymnasium_robotics)
-    spec, ours = read_spec(text), ("gymnasium.", "gymnasium_robotics.")
-    known = gym.registry.get(spec.id)
-    strange = [w.entry_point for w in spec.additional_wrappers
-               if not str(w.entry_point).startswith(ours)]
-    _insist(known and known.entry_point == spec.entry_point and not strange,
-            f"the environment '{spec.id}' is not registered here, or not under this "
-            f"name, or wrapped in what we do not know ({strange}); name it yourself "
-            "(env, --env): package:id imports the package first")
+    spec = read_spec(text)
+    known, wrappers = gym.registry.get(spec.id), spec.additional_wrappers
+    strange = [str(w.entry_point)[:80] for w in wrappers
+               if w.entry_point not in _WRAPPERS]
+    if spec.id.startswith("GymV2"): strange.append(spec.id)  # makes what it is told
+    said = json.dumps([spec.kwargs, *(w.kwargs for w in wrappers)])
+    for fault, found in {
+            "not registered here, or not under this name":
+                not known or known.entry_point != spec.entry_point,
+            f"wrapped in what we do not know ({', '.join(strange)})": strange,
+            f"given a path ({said[:80]})": "/" in said or r"\\" in said}.items():
+        _insist(not found, f"the environment '{spec.id}' is {fault}; name it yourself "
+                           "(env, --env): package:id imports the package first")
     return spec
+
+# %% ../../nbs/offline/13_data.ipynb #62184120
+def _space(text: str) -> gym.Space:
+    "The space that a text spells out bound by bound. `ValueError` if it does not."
+    left = len(text)
+    def spelt(x):  # each object in the text
+        nonlocal left
+        left -= math.prod(map(abs, x.get("shape", ())))
+        number = np.dtype(x.get("dtype", "f4")).kind in "fiub"
+        if left < 0 or not number: raise ValueError(f"not spelt out: {str(x)[:80]}")
+        return x
+    if text.count("subspaces") > 99: raise ValueError("more than 99 spaces in another")
+    return deserialize_space(json.loads(text, object_hook=spelt))
 
 # %% ../../nbs/offline/13_data.ipynb #6a53ab76
 def _spaces_of(spec: EnvSpec) -> list[gym.Space]:
@@ -629,7 +734,7 @@ def _spaces(stored: dict, source: str) -> list[gym.Space]:
     "The two spaces as written, or those of the environment; else `DataError`."
     texts = [stored.get(f"{k}_space") for k in ("observation", "action")]
     try:
-        if None not in texts: spaces = [deserialize_space(t) for t in texts]
+        if None not in texts: spaces = [_space(t) for t in texts]
         else: spaces = _spaces_of(known_spec(stored.get("env_spec")))
     except Exception as e: raise DataError(f"{source}: its spaces cannot be read "
                                            f"({str(e)[:300]})") from None
@@ -672,39 +777,29 @@ def _read_tree(f: _Reader, group, key: str, space: gym.Space):
     "Observations in the form of their space: an array, or a dict of such."
     if not isinstance(space, gym.spaces.Dict): return f.read(group, key)
     below = f.child(group, key)
+    _insist(len(below) == len(space), f"{f.what(group, key)} has {len(below)} parts, "
+                                      f"its space {len(space)}; they must agree")
     return {k: _read_tree(f, below, k, s) for k, s in space.items()}
 
 # %% ../../nbs/offline/13_data.ipynb #699ee6f9
-def _stored_episodes(folder: Path, stored: dict, space: gym.Space,
+def _stored_episodes(folder: Path, n: int, space: gym.Space,
                      source: str) -> Iterator[dict]:
-    "The episodes of a Minari set in HDF5; of other formats, as Minari reads them."
-    if stored["data_format"] != "hdf5":
-        yield from _other_episodes(folder, stored, source)
-        return
+    "The n episodes of a Minari set, one by one; `DataError` if there are others."
     path = folder / "main_data.hdf5"
     with _hdf5(path, f"{source} ({path})") as f:
-        for k in range(stored["total_episodes"]):
+        _insist(len(f.file) <= n, f"{source}: metadata.json tells of {n} episodes, but "
+                f"{path} has {len(f.file)}; they do not belong together, get it again")
+        for k in range(n):
             group = f.child(f.file, f"episode_{k}")
             rest = {key: f.read(group, key) for key in _MINARI[1:]}
             yield rest | dict(observations=_read_tree(f, group, "observations", space))
-
-# %% ../../nbs/offline/13_data.ipynb #178d8975
-def _other_episodes(folder: Path, stored: dict, source: str) -> Iterator[dict]:
-    "The episodes of a set in Arrow, read by Minari; what goes wrong is a `DataError`."
-    _insist("observation_space" in stored and "action_space" in stored,
-            f"{source}: it does not say its spaces")
-    try:
-        storage = MinariStorage.read(folder)
-        yield from storage.get_episodes(range(stored["total_episodes"]))
-    except DataError: raise
-    except Exception as e: raise _damaged(source, folder, e) from None
 
 # %% ../../nbs/offline/13_data.ipynb #12-033
 def _minari_arrays(episodes: Iterator[dict], space: gym.Space,
                    source: str) -> dict[str, np.ndarray]:
     "All episodes that have steps, one after another; else `DataError`."
-    parts = [_minari_episode(k, e, space, source) for k, e in enumerate(episodes)
-             if np.size(e["rewards"])]
+    parts = [p for k, e in enumerate(episodes)
+             if len((p := _minari_episode(k, e, space, source))["reward"])]
     _insist(parts, f"{source}: found 0 transitions; at least 2 are needed")
     widths = {p["action"].shape[1] for p in parts}
     _insist(len(widths) == 1, f"{source}: episodes differ in shape, with {widths} "
@@ -717,21 +812,27 @@ def _about_env(stored: dict) -> dict:
     recorded = stored.get("env_spec")
     judged = stored.get("eval_env_spec") or recorded
     if not judged: return dict(env_id=None)
-    try: spec, judge = read_spec(recorded or judged), read_spec(judged)
+    try: spec, judge = (read_spec(str(x)) for x in (recorded or judged, judged))
     except DataError as e: return dict(env_id=None, env_error=str(e))
-    limit = judge.max_episode_steps
-    return dict(env_id=spec.id, env_spec=judged,
-                time_limit=limit if isinstance(limit, int) else None)
+    return dict(env_id=spec.id, env_spec=judged, time_limit=judge.max_episode_steps)
 
 # %% ../../nbs/offline/13_data.ipynb #15660b80
 def _references(stored: dict, source: str) -> dict:
     "Reference returns of a Minari set: numbers, or None; else `DataError`."
     found = {k: stored.get(k) for k in ("ref_min_score", "ref_max_score")}
-    _insist(all(x is None or isinstance(x, int | float) and math.isfinite(x)
+    _insist(all(x is None or type(x) in (int, float) and abs(x) < 1e300
                 for x in found.values()),
-            f"{source}: metadata.json has the reference scores {found}; they must be "
-            "numbers")
+            f"{source}: metadata.json has the reference scores {str(found)[:200]}; "
+            "they must be numbers")
     return found
+
+# %% ../../nbs/offline/13_data.ipynb #537f3a85
+def _insist_steps(stored: dict, steps: int, source: str):
+    "Raise `DataError` unless there are as many steps as the metadata say."
+    said = stored.get("total_steps", steps)
+    _insist(said == steps, f"{source}: metadata.json tells of {str(said)[:80]} steps, "
+                           f"but there are {steps}; the set is incomplete, or of two "
+                           "versions: get it again")
 
 # %% ../../nbs/offline/13_data.ipynb #f80ce8d5
 def load_minari(dataset_id: str,             # e.g. "D4RL/antmaze/umaze-v1"
@@ -742,8 +843,9 @@ def load_minari(dataset_id: str,             # e.g. "D4RL/antmaze/umaze-v1"
     source = f"Minari data set '{dataset_id}'"
     stored = _metadata(folder := _find_minari(dataset_id, download), source)
     obs_space, act_space = _spaces(stored, source)
-    episodes = _stored_episodes(folder, stored, obs_space, source)
+    episodes = _stored_episodes(folder, stored["total_episodes"], obs_space, source)
     arrays = _minari_arrays(episodes, obs_space, source)
+    _insist_steps(stored, len(arrays["reward"]), source)
     meta = dict(id=dataset_id, source=source, action_low=act_space.low,
                 action_high=act_space.high, dropped=0, **_about_env(stored),
                 **_references(stored, source))
@@ -895,7 +997,7 @@ def from_arrays(observations,  # (T, S): s, a row per step, episodes one after a
 def table(self: _Reader, keys: tuple[str, ...],
           optional: tuple[str, ...]) -> dict[str, h5py.Dataset]:
     "The columns, which make one table; `DataError` if one lacks."
-    here = list(self.file)
+    here = [str(k) for k in self.file]  # bytes, where a name is no text
     missing = [k for k in keys if k not in here]
     _insist(not missing, f"{self.source}: lacks {', '.join(missing)}; found "
             f"{', '.join(here)[:200] or 'nothing'}; needed {', '.join(keys)}")
@@ -943,21 +1045,43 @@ def _ogbench(raw: dict) -> dict[str, np.ndarray]:
                        next_observations=after)
 
 # %% ../../nbs/offline/13_data.ipynb #7a61d50e
+def _header(z: zipfile.ZipFile, member: zipfile.ZipInfo, what: str):
+    "Shape and dtype of a packed array; `DataError` unless they are what it holds."
+    _insist(member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
+            f"{what} is packed as NumPy never does; write it again with np.savez")
+    with z.open(member) as f:
+        one = npy.read_magic(f) == (1, 0)
+        read = npy.read_array_header_1_0 if one else npy.read_array_header_2_0
+        shape, _, dtype = read(f)
+        _insist_numbers(what, dtype)
+        size, rest = math.prod(shape) * dtype.itemsize, member.file_size - f.tell()
+    _insist(size == rest, f"{what} claims {size} bytes, but has {rest}; it is damaged")
+    return shape, dtype
+
+# %% ../../nbs/offline/13_data.ipynb #79f9c760
+def _unpack(z: zipfile.ZipFile, member: zipfile.ZipInfo, room: _Room) -> np.ndarray:
+    "An array of numbers, its checksum compared; else `DataError`."
+    what = f"{z.filename}: '{member.filename}'"
+    room.take(what, *_header(z, member, what))
+    with z.open(member) as f: return npy.read_array(f, allow_pickle=False)
+
+# %% ../../nbs/offline/13_data.ipynb #c81b3b33
 def _read_npz(path: Path, keys: tuple[str, ...]) -> tuple[dict, list[str]]:
     "The arrays of these names, and the names of all; else `DataError`."
     _insist(os.path.isfile(path), f"{path}: no such file; expected an .npz of NumPy")
-    room = max(ROOM, 100 * os.path.getsize(path))
     try:
         with zipfile.ZipFile(path) as z:
-            sizes = {i.filename.removesuffix(".npy"): i.file_size for i in z.infolist()}
-        size = sum(sizes[k] for k in keys if k in sizes)
-        _insist(size <= room, f"{path}: declares {size} bytes; it has room for {room} "
-                              "(64 MiB, or 100 times its size)")
-        with np.load(path, allow_pickle=False) as z:
-            return {k: z[k] for k in keys if k in sizes}, list(sizes)
+            members, room = z.infolist(), _Room(path)
+            for m in members: z.open(m).close()  # is it where, and called as, listed?
+            names = [m.filename.removesuffix(".npy") for m in members]
+            _insist(len(set(names)) == len(names), f"{path}: names that come twice")
+            return {k: _unpack(z, m, room) for k, m in zip(names, members)
+                    if k in keys}, names
     except DataError: raise
-    except Exception as e: raise DataError(f"{path}: not a readable .npz of arrays "
-                                           f"({str(e)[:200]})") from None
+    except Exception as e:
+        raise DataError(f"{path}: not a readable .npz of arrays ({type(e).__name__}: "
+                        f"{str(e)[:200]}); it may be truncated or damaged, get it "
+                        "again") from None
 
 # %% ../../nbs/offline/13_data.ipynb #5697e273
 _OGBENCH = ("; a set of OGBench has rewards and masks for one of its tasks only: open "
@@ -986,7 +1110,8 @@ def load_npz(path: str | Path,  # arrays of NumPy, in D4RL's layout or OGBench's
     raw = {k: _numeric(k, x, str(path)) for k, x in raw.items()}
     _check_table({k: x.shape for k, x in raw.items()}, str(path))
     if "masks" in raw:
-        for k in ("terminals", "masks"): _flags(k, raw[k].reshape(-1), str(path))
+        for k in {"terminals", "masks", "valids"} & set(raw):
+            _flags(k, raw[k].reshape(-1), str(path))
         raw = _ogbench(raw)
     return from_arrays(**raw, name=str(path), max_episode_steps=max_episode_steps,
                        **dict(id=path.stem) | options)
@@ -1114,7 +1239,9 @@ def _download(url: str, part: Path, progress: bool, timeout: float):
 # %% ../../nbs/offline/13_data.ipynb #12-062
 def _check_d4rl_file(path: Path):
     "`DataError` unless this is readable HDF5 with D4RL's columns in equal lengths."
-    with _hdf5(path, str(path)) as f: f.table(_D4RL_KEYS, ("timeouts",))
+    with _hdf5(path, str(path)) as f:
+        for k, x in f.table(_D4RL_KEYS, ("timeouts",)).items():
+            _insist_whole(x, f.what(f.file, k))
 
 # %% ../../nbs/offline/13_data.ipynb #a9179667
 def _verify(path: Path, sha256: str | None) -> str:
@@ -1291,8 +1418,8 @@ def _four_pictures(t: Transitions, i: int, j: int) -> Figure:
     ax, lengths = axes.ravel(), episode_lengths(t)
     ax[0].hist(episode_returns(t), 30, color=COLORS["behavior"])
     ax[1].hist(lengths, 30, range=(0, int(lengths.max()) + 1), color=COLORS["behavior"])
-    ax[2].hist2d(*t.obs[:, [i, j]].cpu().T.numpy(), bins=60, cmin=1, cmap="viridis",
-                 norm="log")
+    seen = t.obs[:, [i, j]].cpu().double()  # twice the largest float32 is infinite
+    ax[2].hist2d(*seen.T.numpy(), bins=60, cmin=1, cmap="viridis", norm="log")
     for k, a in enumerate(t.action.cpu().T):
         ax[3].hist(a, 40, histtype="step", density=True, label=f"$a_{k}$")
     if t.action_dim <= 4: ax[3].legend()

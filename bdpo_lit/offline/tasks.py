@@ -13,6 +13,7 @@ import tempfile
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import gymnasium as gym
@@ -23,8 +24,8 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium_robotics.envs.maze import maps
 from ..algorithm.bdpo import BDPO, BDPOConfig
 from .data import D4RL_TASKS, DataError, known_spec
-from .evaluation import (Evaluation, bootstrap_interval, evaluate,
-                                         normalized_score)
+from .evaluation import (EnvError, Evaluation, bootstrap_interval,
+                                         evaluate, normalized_score)
 import bdpo_lit.offline.maze  # noqa: F401, it registers an environment
 from .training import (RunError, TrainConfig, load_agent,
                                        load_checkpoint, read_config)
@@ -97,7 +98,7 @@ def no_task(name: str,             # what was asked for
 # %% ../../nbs/offline/17_tasks.ipynb #00ba4f23
 def env_maker(env: str,  # Gymnasium's id, "module:id", or an `EnvSpec` as JSON
               from_file: bool = False,  # a file says so: import this book's only
-             ) -> Callable[..., gym.Env]:  # takes render_mode, and has a `spec`
+             ) -> Callable[..., gym.Env]:  # takes render_mode; knows spec and spaces
     """A function that builds this environment; it is tried once. Raises `RunError` if
     there is no such environment."""
     what = _believed(env, from_file)
@@ -105,26 +106,33 @@ def env_maker(env: str,  # Gymnasium's id, "module:id", or an `EnvSpec` as JSON
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "v4 is out of date": so we want it
             return gym.make(what, render_mode=render_mode, disable_env_checker=True)
-    build.spec = _tried(build, getattr(what, "id", what))
+    build.spec, build.observation_space, build.action_space = _tried(
+        build, getattr(what, "id", what))
     return build
 
 # %% ../../nbs/offline/17_tasks.ipynb #56196060
-def _tried(build: Callable[[], gym.Env], name: str) -> EnvSpec:
-    "Build it once. Raises `RunError` if it cannot be built."
+def _tried(build: Callable[[], gym.Env], name: str) -> tuple:
+    "Build it once: its specification and spaces. Raises `RunError`."
     try:
         env = build()
-        env.close()
-        return env.spec
+        known = env.spec, env.observation_space, env.action_space
     except Exception as e:
         why = f"{type(e).__name__}: {e}".splitlines()[0]
+        if not isinstance(e, gym.error.Error | ImportError | ValueError):
+            raise RunError(f"the environment '{name}' cannot be built ({why})") from e
         raise RunError(f"no environment '{name}' ({why}); give an id of Gymnasium, or "
-                       f"module:id for one that another module registers") from e
+                       f"module:id for one that another module registers "
+                       f"(ogbench:pointmaze-medium-singletask-v0)") from e
+    with suppress(Exception): env.close()   # whoever plays there will hear of it
+    return known
 
 # %% ../../nbs/offline/17_tasks.ipynb #235a8ecf
+_OURS = ("bdpo_lit.offline.maze", "bdpo_lit.offline.tasks")  # they register, no more
+
 def _importable(env: str, from_file: bool) -> str:
     "The word itself, if its module may be imported; it may lie in the working folder."
     module = env.rpartition(":")[0]
-    if not module or module.startswith("bdpo_lit."): return env
+    if not module or module in _OURS: return env
     if from_file:
         raise RunError(f"a file names the environment '{env}', whose use would import "
                        f"{module}; if you trust it, name it yourself: --env {env}")
@@ -142,9 +150,10 @@ def _believed(env: str, from_file: bool) -> str | EnvSpec:
 def _judged_in(run: str | Path, about: dict, env: str | None):
     "The environment's name, as typed or as the run has it, and what builds it."
     where = env or about.get("env") or about.get("env_id")
-    if not where:
-        raise RunError(f"{run} does not say where its policies play; give an "
-                       f"environment (--env)")
+    if not where or not isinstance(where, str):
+        said = "does not say" if not where else f"has {str(where)[:60]!r} for the place"
+        raise RunError(f"{run} {said} where its policies play; give an environment "
+                       f"(--env)")
     return where, env_maker(where, from_file=not env)
 
 # %% ../../nbs/offline/17_tasks.ipynb #ec30580f
@@ -204,10 +213,12 @@ def _step_of(checkpoint: Path | None) -> int | None:
 
 # %% ../../nbs/offline/17_tasks.ipynb #15b0bace
 def _play(agent: BDPO, make_env: Callable, found: dict, progress: bool) -> dict:
-    "Play one policy as `found` says, and measure it."
+    """Play one policy as `found` says, and measure it. `EnvError` if the environment
+    fails, or pays what is no number."""
     way = {k: found[k] for k in ("how", "num_actions", "learner", "seed")}
     played = evaluate(agent.policy(**way), make_env, found["episodes"], found["seed"],
                       progress)
+    if played.fault: raise EnvError(f"{played.fault}, so there is no return to report")
     return _earned(played, (found["ref_min_score"], found["ref_max_score"]))
 
 # %% ../../nbs/offline/17_tasks.ipynb #bbb10810
@@ -229,16 +240,15 @@ def _spread(x: np.ndarray) -> dict[str, float | None]:
 # %% ../../nbs/offline/17_tasks.ipynb #5ee09889
 def _check_fit(make_env: Callable, agent: BDPO, run: str | Path, bounds: bool):
     "Raise `RunError` unless the environment has the agent's sizes (and bounds)."
-    env = make_env()
-    S, box = gym.spaces.flatdim(env.observation_space), env.action_space
-    env.close()
+    S, box = gym.spaces.flatdim(make_env.observation_space), make_env.action_space
+    name = make_env.spec.id
     if (S, box.shape) != (agent.obs_dim, (agent.action_dim,)):
-        raise RunError(f"{env.spec.id} has observations of length {S} and actions of "
+        raise RunError(f"{name} has observations of length {S} and actions of "
                        f"shape {box.shape}, the policies of {run} {agent.obs_dim} and "
                        f"{agent.action_dim}")
     mid, half = (agent.scaling[k].numpy() for k in ("action_mid", "action_half"))
     if bounds and not np.allclose((box.low, box.high), (mid - half, mid + half)):
-        raise RunError(f"{env.spec.id} takes actions between {box.low} and {box.high}, "
+        raise RunError(f"{name} takes actions between {box.low} and {box.high}, "
                        f"the policies of {run} act between {mid - half} and "
                        f"{mid + half}")
 

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'CHECKPOINT', 'TrainConfig', 'Progress', 'Training', 'comparable', 'best_evaluation', 'attainable',
-           'limits', 'warning_signs', 'RunError', 'pick_device', 'TrainingDiverged', 'append_json', 'save_checkpoint',
-           'load_checkpoint', 'load_agent', 'stop_after_step', 'run_together', 'watch', 'read_config', 'read_column',
-           'draw_runs', 'Entry', 'contest', 'surely_below', 'advice', 'scoreboard', 'show_scoreboard',
-           'read_scoreboard', 'train_seeds', 'show_seeds', 'export_policy']
+           'limits', 'warning_signs', 'RunError', 'pick_device', 'TrainingDiverged', 'write_whole', 'append_json',
+           'save_checkpoint', 'DamagedCheckpoint', 'load_checkpoint', 'load_agent', 'read_config', 'stop_after_step',
+           'run_together', 'watch', 'read_column', 'draw_runs', 'Entry', 'contest', 'surely_below', 'advice',
+           'scoreboard', 'show_scoreboard', 'read_scoreboard', 'train_seeds', 'show_seeds', 'export_policy']
 
 # %% ../../nbs/offline/16_training.ipynb #14-003
 import copy
 import csv
+import hashlib
 import importlib
 import io
 import json
@@ -28,13 +29,15 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from itertools import takewhile
+from numbers import Real
 from pathlib import Path
 
 # %% ../../nbs/offline/16_training.ipynb #66cf0255
 import gymnasium as gym
+import jaxtyping
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -129,7 +132,7 @@ class Training:
         self.about = (dict(run_id=secrets.token_hex(4)) | _facts(data, self.bounds)
                       | (about or {}))
         self.steps = {"pretrain": 0, "train": 0}
-        self.sums, self.row = {}, {}   # since the last row of metrics; that row
+        self.sums, self.rows = {}, []  # since the last row of metrics; the rows
         self.evaluations, self.warnings = [], []
         self.whole = True              # False while an update is half made
         if self.dir is not None: self._open(resume, _identity(data))
@@ -322,11 +325,12 @@ def _note_no_number(self: Training, found: dict):
 def _state(self: Training) -> dict:
     "All that the next update depends on, and what was found so far."
     agent = self.agent
-    what = dict(obs_dim=agent.obs_dim, action_dim=agent.action_dim,
-                algorithm=_plain(self.algorithm), device=agent.device.type)
+    what = dict(run=self.about["run_id"], device=agent.device.type,
+                obs_dim=agent.obs_dim, action_dim=agent.action_dim,
+                algorithm=_plain(self.algorithm))
     return what | dict(agent=agent.state_dict(), order=self.order.get_state(),
-                       steps=self.steps, sums=self.sums, warnings=self.warnings,
-                       evaluations=self.evaluations)
+                       steps=self.steps, sums=self.sums, rows=self.rows,
+                       evaluations=self.evaluations, warnings=self.warnings)
 
 # %% ../../nbs/offline/16_training.ipynb #0f1fd3e4
 @patch
@@ -337,35 +341,54 @@ def save(self: Training,
     if self.dir is None: return
     self._check_owner()
     self._means()  # never overwrite a good checkpoint with a broken agent
-    save_checkpoint(self.dir / name, self._state())
+    kept = self.dir / "previous.pt" if name == "last.pt" else None
+    save_checkpoint(self.dir / name, self._state(), kept)
 
 # %% ../../nbs/offline/16_training.ipynb #14-070
 @patch
 def _take_up(self: Training, state: dict):
     "Agent, order and bookkeeping as a checkpoint has them."
+    self._check_origin(state)
+    self.agent.load_state_dict(state["agent"])
+    self.order.set_state(state["order"].cpu())
+    self.steps = {phase: int(state["steps"][phase]) for phase in self.steps}
+    self.sums, self.rows = state["sums"], state["rows"]
+    self.evaluations, self.warnings = state["evaluations"], state["warnings"]
+    # used once: what is of no use shows now
+    self._state(), self._means(), best_evaluation(self.evaluations)
+    for w in self.warnings: _check_kinds(w, _WARNING)
+
+# %% ../../nbs/offline/16_training.ipynb #dc9a9cb0
+@patch
+def _check_origin(self: Training, state: dict):
+    "Raise `RunError` for another run's checkpoint, and another kind of device."
+    if state["run"] != self.about["run_id"]:
+        raise RunError(f"the checkpoint in {self.dir} is another run's than its "
+                       f"config.json; put back the files that belong together")
     here = self.agent.device.type
     if state["device"] != here:
         raise RunError(f"{self.dir} was trained on {state['device']!r} and this is "
                        f"{here!r}, whose random numbers differ; resume it with device="
                        f"{state['device']!r} (load_agent takes the agent anywhere)")
-    self.agent.load_state_dict(state["agent"])
-    self.order.set_state(state["order"].cpu())
-    self.steps, self.sums = state["steps"], state["sums"]
-    self.evaluations, self.warnings = state["evaluations"], state["warnings"]
 
 # %% ../../nbs/offline/16_training.ipynb #0a6cbbe7
 @patch
 def _resume(self: Training):
-    "Go on where the last checkpoint left off; without one, begin again."
-    if (self.dir / "last.pt").exists():
-        self._take_up(load_checkpoint(self.dir, str(self.agent.device)))
-    _forget(self.dir / "metrics.csv",
-            lambda row: int(row["step"]) > self.steps[row["phase"]])
-    if (played := self.dir / "evaluations.csv").exists():
-        table = _table(_EVALUATION, self.evaluations) if self.evaluations else ""
-        _replace(played, table.encode())
-    _forget(self.dir / "warnings.csv",
-            lambda row: all(w["metric"] != row["metric"] for w in self.warnings))
+    "Go on where the last good checkpoint left off; without one, begin again."
+    with _reading(self.dir / "last.pt"):
+        if state := self._last_good(): self._take_up(state)
+        tables = self._tables()
+    for file, table in tables.items(): _anew(self.dir / file, table)
+
+# %% ../../nbs/offline/16_training.ipynb #c2850b47
+@patch
+def _tables(self: Training) -> dict[str, bytes]:
+    "The three tables, as far as they are known; empty where there are no rows."
+    known = {"metrics.csv": (_METRIC, self.rows),
+             "warnings.csv": (_WARNING, self.warnings),
+             "evaluations.csv": (_EVALUATION, self.evaluations)}
+    return {file: _table(columns, rows).encode() if rows else b""
+            for file, (columns, rows) in known.items()}
 
 # %% ../../nbs/offline/16_training.ipynb #14-010
 METRICS = {  # name: (what, equation, healthy)
@@ -504,11 +527,18 @@ def _check_sizes(envs: VectorEnv, obs_dim: int, action_dim: int, whose: str):
                        f"shape {shape}, {whose} {obs_dim} and {(action_dim,)}; they "
                        f"must agree")
 
+# %% ../../nbs/offline/16_training.ipynb #3a2e8b57
+def _environments(make_env: Callable | VectorEnv, num_envs: int) -> VectorEnv:
+    "As given, or made. Raises `RunError` if they cannot be."
+    if isinstance(make_env, VectorEnv): return make_env
+    try: return vectorize(make_env, num_envs)
+    except EnvError as e: raise RunError(str(e)) from e
+
 # %% ../../nbs/offline/16_training.ipynb #acfa7f36
 def _check_env(make_env: Callable | VectorEnv, data: Transitions):
     """Raise `RunError` unless the environment's vectors have the lengths, and its
     actions the bounds, of the data's."""
-    envs = make_env if isinstance(make_env, VectorEnv) else vectorize(make_env, 1)
+    envs = _environments(make_env, 1)
     _check_sizes(envs, data.obs_dim, data.action_dim, "the data set")
     box = envs.single_action_space
     if envs is not make_env: envs.close()
@@ -559,6 +589,8 @@ def _means(self: Training) -> dict[str, float]:
     return row
 
 # %% ../../nbs/offline/16_training.ipynb #14-044
+_METRIC = ("step", "phase", *METRICS)
+
 @patch
 def _log(self: Training, phase: str, total: int,
          metrics: dict) -> dict[str, float] | None:
@@ -569,9 +601,9 @@ def _log(self: Training, phase: str, total: int,
     step = self.steps[phase]
     if step % self.config.log_every and step != total: return None
     row = self._means()
-    self.sums, self.row = {}, self.row | row
-    self._append("metrics.csv", ("step", "phase", *METRICS),
-                 dict(step=step, phase=phase) | row)
+    self.sums = {}
+    self.rows.append(dict(step=step, phase=phase) | row)
+    self._append("metrics.csv", _METRIC, self.rows[-1])
     self._curves(phase, step, row)
     self._warn(phase, step, row)
     return row
@@ -584,7 +616,7 @@ def _warn(self: Training, phase: str, step: int, row: dict):
         self._note(metric, phase, step, row[metric], limit, text)
 
 # %% ../../nbs/offline/16_training.ipynb #0924074c
-_WARNING = ("step", "phase", "metric", "value", "limit", "text")
+_WARNING = dict(step=int, phase=str, metric=str, value=Real, limit=Real, text=str)
 
 @patch
 def _note(self: Training, metric: str, phase: str, step: int, value: float,
@@ -617,12 +649,19 @@ def _add_events(path: Path, *events: dict):
 # %% ../../nbs/offline/16_training.ipynb #a0faec36
 def _new_events(folder: Path, step: int) -> Path:
     "Begin a file of TensorBoard's; points of `step` and later are forgotten."
-    with _writing(folder): folder.mkdir(parents=True, exist_ok=True)
+    _own_folder(folder.parent), _own_folder(folder)
     path = folder / f"events.out.tfevents.{time.time():017.6f}"
     again = SessionLog(status=SessionLog.START)
     _add_events(path, dict(file_version="brain.Event:2"),
                 dict(step=step, session_log=again))
     return path
+
+# %% ../../nbs/offline/16_training.ipynb #a233d5b8
+def _own_folder(path: Path):
+    "Make a folder, if need be; a link to one elsewhere is replaced."
+    with _writing(path):
+        if path.is_symlink(): path.unlink()
+        path.mkdir(parents=True, exist_ok=True)
 
 # %% ../../nbs/offline/16_training.ipynb #7e2c927d
 class _Tracker:
@@ -658,7 +697,7 @@ def close(self: _Tracker):
 
 # %% ../../nbs/offline/16_training.ipynb #49cb5c6a
 @patch
-def _append(self: Training, file: str, columns: tuple, row: dict):
+def _append(self: Training, file: str, columns: Iterable[str], row: dict):
     "One more row of a CSV file in the run directory; without a directory, nothing."
     if self.dir is None: return
     self._check_owner()
@@ -667,7 +706,7 @@ def _append(self: Training, file: str, columns: tuple, row: dict):
         f.write(_table(columns, [row], header=f.tell() == 0))
 
 # %% ../../nbs/offline/16_training.ipynb #7b173192
-def _table(columns: Sequence[str], rows: Sequence[dict], header: bool = True) -> str:
+def _table(columns: Iterable[str], rows: Sequence[dict], header: bool = True) -> str:
     "Rows as lines of a CSV file."
     writer = csv.DictWriter(text := io.StringIO(), columns, restval="",
                             lineterminator="\n")
@@ -685,37 +724,84 @@ def _writing(path: Path) -> Iterator[None]:
                        f"or free some space there") from e
 
 # %% ../../nbs/offline/16_training.ipynb #14-017
-def _replace(path: Path,                  # the file
-             content: bytes | memoryview): # all of it
-    """Write a file whole or not at all. Raises `RunError` if the place cannot be
-    written."""
+def write_whole(path: Path,                   # the file
+                content: bytes | memoryview,  # all of it
+                kept: Path | None = None):    # where the one before goes; None: nowhere
+    """Write a file whole or not at all; a link is replaced, not followed. Raises
+    `RunError` if the place cannot be written."""
     draft = path.with_name(path.name + ".part")
     with _writing(path):
         try:
-            with open(draft, "wb") as f:
+            draft.unlink(missing_ok=True)  # left by a process that was killed
+            with open(draft, "xb") as f:
                 f.write(content)
                 f.flush()
                 os.fsync(f.fileno())  # on the disk, not on its way there
+            if kept and path.exists(): os.replace(path, kept)
             os.replace(draft, path)
         except OSError:
             if draft.is_file(): draft.unlink()
             raise
+
+# %% ../../nbs/offline/16_training.ipynb #fba89b54
+def _anew(path: Path, content: bytes):
+    "A file that is written from the beginning; without content there is none."
+    if content: return write_whole(path, content)
+    with _writing(path): path.unlink(missing_ok=True)
+
+# %% ../../nbs/offline/16_training.ipynb #c918d91f
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    "Turn whatever goes wrong with what a file holds into a `RunError` that names it."
+    try: yield
+    except (RunError, MemoryError): raise
+    except OSError as e:
+        raise RunError(f"cannot read {path}: {e.strerror or e}") from e
+    except Exception as e:
+        raise RunError(f"{path} is damaged, or was not written by this bdpo_lit "
+                       f"({type(e).__name__}); move it away, or choose another "
+                       f"directory") from e
+
+# %% ../../nbs/offline/16_training.ipynb #b609562d
+def _content(path: Path) -> bytes:
+    "All of a file. Raises `RunError` for a folder or a pipe."
+    if path.is_file(): return path.read_bytes()
+    raise RunError(f"{path} is not a file; move it away")
 
 # %% ../../nbs/offline/16_training.ipynb #270ee07c
 def _json(x) -> str:
     "JSON, with plain numbers for those of NumPy and torch."
     return json.dumps(x, indent=2, default=lambda number: number.item())
 
+# %% ../../nbs/offline/16_training.ipynb #1db37135
+def _sealed(x: dict) -> bytes:
+    "JSON, with a checksum of what it says."
+    return _json(x | dict(crc32=_crc(x))).encode()
+
+# %% ../../nbs/offline/16_training.ipynb #d258d8ac
+def _crc(x) -> str:
+    "A checksum of what JSON would say."
+    return f"{zlib.crc32(_json(x).encode()):08x}"
+
+# %% ../../nbs/offline/16_training.ipynb #3655b65c
+def _read_json(path: Path):
+    "What is written there. Raises `RunError`, also where the checksum does not fit."
+    with _reading(path):
+        found = json.loads(_content(path).decode())
+        crc = found.pop("crc32", None) if isinstance(found, dict) else None
+        if crc is None or crc == _crc(found): return found
+    raise RunError(f"{path} is damaged, or was changed by hand: its checksum does not "
+                   f"fit; put the original back, or take its line 'crc32' out")
+
 # %% ../../nbs/offline/16_training.ipynb #86f560e5
 def append_json(path: Path,  # a file that holds a list, or does not exist yet
                 item: dict,  # numbers, words, and lists and dicts of them
                ) -> Path:    # the same path
     "One more item of the list. Raises `RunError` if the file holds something else."
-    try: items = json.loads(path.read_text("utf-8")) if path.exists() else []
-    except ValueError: items = None
+    items = _read_json(path) if path.exists() else []
     if not isinstance(items, list):
         raise RunError(f"{path} is damaged; move it away to begin a new one")
-    _replace(path, _json([*items, item]).encode())
+    write_whole(path, _json([*items, item]).encode())
     return path
 
 # %% ../../nbs/offline/16_training.ipynb #38f679af
@@ -724,21 +810,54 @@ def _plain(config) -> dict:
     return json.loads(_json(asdict(config)))
 
 # %% ../../nbs/offline/16_training.ipynb #14-020
-CHECKPOINT = dict(format="bdpo_lit", version=2)
+CHECKPOINT = dict(format="bdpo_lit", version=3)
 
 def save_checkpoint(path: Path,    # where
-                    state: dict):  # tensors, numbers, words; lists and dicts of them
+                    state: dict,   # tensors, numbers, words; lists and dicts of them
+                    kept: Path | None = None):  # where the one before goes
     """Write a checkpoint, whole or not at all. Raises `RunError` if the place cannot be
     written."""
     buffer = io.BytesIO()
     torch.save(CHECKPOINT | state, buffer)
-    _replace(path, buffer.getbuffer())
+    buffer.write(_seal(buffer.getbuffer()))
+    write_whole(path, buffer.getbuffer(), kept)
+
+# %% ../../nbs/offline/16_training.ipynb #b396c454
+def _seal(archive: bytes | memoryview) -> bytes:
+    "The end of a checkpoint: torch does not mind what follows its archive."
+    return b"\nsha256 " + hashlib.sha256(archive).hexdigest().encode()
+
+# %% ../../nbs/offline/16_training.ipynb #33308f8b
+class DamagedCheckpoint(RunError):
+    "A checkpoint that is not what was written."
+
+# %% ../../nbs/offline/16_training.ipynb #f68e031e
+def _unsealed(path: Path) -> bytes:
+    "A checkpoint without its seal. Raises `DamagedCheckpoint` unless it is unbroken."
+    content = _content(path)
+    archive, seal = content[:-72], content[-72:]
+    if seal == _seal(archive): return archive
+    why = ("its checksum does not fit what is in it" if seal.startswith(b"\nsha256 ")
+           else "it has no checksum, so it was cut short, or is of another program or "
+           "an older release")
+    raise DamagedCheckpoint(f"{path} is not a readable checkpoint: {why}; "
+                            f"{_INSTEAD.get(path.name, 'take another')}")
+
+# %% ../../nbs/offline/16_training.ipynb #b72b1a28
+_INSTEAD = {  # what can be done without it
+    "last.pt": "resume the run, which then goes on from previous.pt, or take "
+               "previous.pt or best.pt",
+    "best.pt": "move it away; last.pt does not need it",
+    "gaussian.pt": "move it away, and the clone is fitted again"}
 
 # %% ../../nbs/offline/16_training.ipynb #ebd7274a
 def _checkpoint_at(path: str | Path) -> Path:
     "The file itself, or the directory's last.pt. Raises `RunError` if there is none."
     path = Path(path)
     if path.is_dir(): path = path / "last.pt"
+    before = path.with_name("previous.pt")
+    # killed between two moves: last.pt was complete, and not yet in its place
+    if path.name == "last.pt" and not path.exists() and before.exists(): return before
     if path.is_file(): return path
     raise RunError(f"no checkpoint at {path}; give a run directory or a .pt file "
                    f"written by bdpo_lit")
@@ -747,15 +866,21 @@ def _checkpoint_at(path: str | Path) -> Path:
 def load_checkpoint(path: str | Path,     # a file, or a run directory: its last.pt
                     device: str = "cpu",  # where the tensors go
                    ) -> dict:
-    """Read a checkpoint without executing anything in it. Raises `RunError` on anything
-    that is not one of ours."""
+    """Read a checkpoint, if it is what was written, without executing anything in it.
+    Raises `RunError` on anything that is not one of ours."""
     path = _checkpoint_at(path)
-    try: state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as e:
-        raise RunError(f"{path} is not a readable checkpoint ({type(e).__name__}): cut "
-                       f"short, or not bdpo_lit's") from e
-    _check_format(path, state)
+    with _reading(path):
+        archive = io.BytesIO(_unsealed(path))
+        state = torch.load(archive, map_location=device, weights_only=True)
+        _check_format(path, state)
     return state
+
+# %% ../../nbs/offline/16_training.ipynb #e319fc62
+def _check_kinds(found: dict, kinds: dict, needed: bool = True):
+    "Raise `KeyError` or `TypeError` unless everything is of its kind."
+    for name, kind in kinds.items():
+        x = found[name] if needed else found.get(name)
+        if (needed or x is not None) and not isinstance(x, kind): raise TypeError(name)
 
 # %% ../../nbs/offline/16_training.ipynb #7f7a6afb
 def _check_format(path: Path, state):
@@ -767,6 +892,10 @@ def _check_format(path: Path, state):
     if theirs != ours:
         raise RunError(f"{path} is a checkpoint of version {theirs}, and this bdpo_lit "
                        f"reads version {ours}; use the release that wrote it")
+    if "steps" in state: _check_kinds(state["steps"], dict(pretrain=int, train=int))
+    for row in state.get("rows", ()):
+        _check_kinds(row, dict(step=int, phase=str))
+        _check_kinds(row, dict.fromkeys(METRICS, Real), needed=False)
 
 # %% ../../nbs/offline/16_training.ipynb #f6383a9c
 def _settings(path: str | Path, told: dict) -> BDPOConfig:
@@ -775,7 +904,8 @@ def _settings(path: str | Path, told: dict) -> BDPOConfig:
         return BDPOConfig(**{k: tuple(x) if isinstance(x, list) else x
                              for k, x in told.items()})
     except (TypeError, ValueError) as e:
-        raise RunError(f"{path} was written with settings unknown here ({e})") from e
+        why = (str(e).splitlines() or [""])[0]
+        raise RunError(f"{path} was written with settings unknown here ({why})") from e
 
 # %% ../../nbs/offline/16_training.ipynb #c8f202ab
 def load_agent(path: str | Path,      # run directory or checkpoint
@@ -783,8 +913,13 @@ def load_agent(path: str | Path,      # run directory or checkpoint
               ) -> BDPO:
     """The agent of a saved run, ready to act. Before the main loop has begun, its actor
     is nu. Raises `RunError`."""
-    where = pick_device(device)
+    path, where = _checkpoint_at(path), pick_device(device)
     state = load_checkpoint(path, str(where))
+    with _reading(path): return _agent_of(path, state, where)
+
+# %% ../../nbs/offline/16_training.ipynb #8513b4ca
+def _agent_of(path: str | Path, state: dict, where: torch.device) -> BDPO:
+    "The agent in a checkpoint."
     config = _settings(path, state["algorithm"])
     agent = BDPO(state["obs_dim"], state["action_dim"], config, where)
     # the random streams of different kinds of device do not fit each other
@@ -793,6 +928,58 @@ def load_agent(path: str | Path,      # run directory or checkpoint
     agent.load_state_dict(state["agent"])
     if state["steps"]["train"] == 0: agent.start_actor()
     return agent
+
+# %% ../../nbs/offline/16_training.ipynb #175eb3cc
+@patch
+def _last_good(self: Training) -> dict | None:
+    "The state in last.pt or, if that is damaged, previous.pt; None: a new run."
+    last, before = self.dir / "last.pt", self.dir / "previous.pt"
+    if not (last.exists() or before.exists()): return None
+    where = str(self.agent.device)
+    try: return load_checkpoint(last, where)
+    except DamagedCheckpoint as e: said = str(e).split(";")[0]
+    try: state = load_checkpoint(before, where)
+    except RunError as e: raise RunError(f"{said}; {self._way_out()}") from e
+    with _writing(last):
+        os.replace(last, self.dir / "damaged.pt")
+        os.replace(before, last)
+    self._say_lost(said, state["steps"])
+    return state
+
+# %% ../../nbs/offline/16_training.ipynb #7c669079
+@patch
+def _way_out(self: Training) -> str:
+    "What may be done where no checkpoint is left to go on from."
+    anew = f"start anew in another directory than {self.dir}"
+    try: step = load_checkpoint(self.dir / "best.pt")["steps"]["train"]
+    except RunError: return f"there is no good previous.pt, so {anew}"
+    return (f"there is no good previous.pt. Copy best.pt to last.pt, to go on from its "
+            f"update {step} of phase 'train', or {anew}")
+
+# %% ../../nbs/offline/16_training.ipynb #b82a2c65
+def _rows(path: Path) -> list[dict]:
+    "The rows of a table; a last one that is not complete is being written."
+    lines = _content(path).decode().splitlines(keepends=True)
+    rows = list(csv.DictReader((x for x in lines if x.endswith("\n")), strict=True))
+    for r in rows:
+        if None in r or None in r.values(): raise ValueError("cells")
+        phase = r.get("phase", "train")
+        if phase not in ("pretrain", "train"): raise ValueError(phase)
+    places = [(r.get("phase"), int(r["step"])) for r in rows]
+    if places != sorted(set(places)): raise ValueError("order")
+    return rows
+
+# %% ../../nbs/offline/16_training.ipynb #dfa37dc6
+@patch
+def _say_lost(self: Training, why: str, steps: dict):
+    "Tell the user that the run goes on from previous.pt, and what that costs."
+    try: rows = _rows(self.dir / "metrics.csv")
+    except Exception: rows = []   # the log may be damaged as well
+    logged = {r["phase"]: int(r["step"]) for r in rows}
+    lost = sum(max(logged.get(phase, 0) - k, 0) for phase, k in steps.items())
+    print(f"warning: {why}. It is kept as damaged.pt, and the run goes on from "
+          f"previous.pt, update {steps['pretrain']} + {steps['train']}; {lost} logged "
+          f"updates are made again", file=sys.stderr)
 
 # %% ../../nbs/offline/16_training.ipynb #14-065
 _MAY_CHANGE = {"train_steps", "log_every", "eval_every", "eval_episodes", "save_every",
@@ -824,50 +1011,87 @@ def _why(then: dict, now: dict) -> list[str]:
     "The settings that explain another checksum; else that it is another."
     named = dict(id="the data set's id", transitions="the number of transitions")
     data = _differ(then["data"], now["data"], named)
-    asked = ("reward", "reward_scale", "clip_outside", "max_episode_steps", "data")
+    asked = ("reward_scale", "clip_outside", "max_episode_steps", "data")
     told = _differ(then["about"], now["about"], {k: k for k in asked})
-    if any(x.startswith("reward is") for x in told):   # which explains the scale
-        told = [x for x in told if not x.startswith("reward_scale")]
+    if _differ(then["about"], now["about"], dict(reward="reward")):
+        # which explains the scale
+        told = [f"it was started {_unit(then)}, and is now asked for {_unit(now)}",
+                *(x for x in told if not x.startswith("reward_scale"))]
     return told or data or ["the data set has other numbers than there (same id and "
                             "size, but another checksum)"]
 
+# %% ../../nbs/offline/16_training.ipynb #5022b99c
+def _unit(config: dict) -> str:
+    "The unit of its rewards, as an option of the command line."
+    unit = config["about"]["reward"]
+    return ("without --reward (so that a unit was chosen)" if unit == "chosen" else
+            f"with --reward {unit}")
+
+# %% ../../nbs/offline/16_training.ipynb #08998c80
+def read_config(run_dir: str | Path,  # directory of a run
+               ) -> dict:             # train, algorithm, data, about, versions
+    "What a run was told. Raises `RunError` if there is none."
+    path = Path(run_dir) / "config.json"
+    with _reading(path):
+        if not path.exists(): raise RunError(f"{run_dir} is no run: there is no {path}")
+        config = _read_json(path)
+        _check_kinds(config, _PARTS)
+        _check_facts(config["about"]), _check_settings(path, config)
+    return config
+
+# %% ../../nbs/offline/16_training.ipynb #79cac2bc
+def _check_settings(path: Path, config: dict):
+    "Raise an error unless the settings are possible; another release may lack some."
+    kinds = {f.name: type(f.default) for f in fields(TrainConfig)}
+    told = {k: x for k, x in config["train"].items() if k in kinds}
+    _check_kinds(told, {k: kinds[k] for k in {"seed", "how", "num_actions", *told}})
+    known = {f.name for f in fields(BDPOConfig)}
+    TrainConfig(**told), config["data"]["id"]
+    _settings(path, {k: x for k, x in config["algorithm"].items() if k in known})
+
+# %% ../../nbs/offline/16_training.ipynb #a69ec18c
+_PARTS = dict(train=dict, algorithm=dict, data=dict, about=dict, versions=list)
+_ABOUT = dict(run_id=str, task=str, env=str, env_id=str, recorded=dict, attainable=list,
+              ref_min_score=Real, ref_max_score=Real, reward_scale=Real)
+
+def _check_facts(about: dict):
+    "Raise an error unless what is known of data and environment has its kind."
+    _check_kinds(about, _ABOUT, needed=False)
+    if (recorded := about.get("recorded")) is not None:
+        _check_kinds(recorded, dict(episodes=Real))
+        known = dict.fromkeys(("mean", "best", "low", "high"), Real)
+        _check_kinds(recorded, known, needed=False)
+    refs = [about.get(k) for k in ("ref_min_score", "ref_max_score")]
+    if None not in refs and not refs[0] < refs[1]: raise ValueError("no scale")
+    low, high = about.get("attainable") or (None, None)
+    _check_kinds(dict(low=low, high=high), dict(low=Real, high=Real), needed=False)
+
 # %% ../../nbs/offline/16_training.ipynb #60064238
-def _read_then(path: Path, now: dict) -> tuple[dict, list[str]]:
-    "What config.json holds, and the settings in which it differs from now's."
-    then = json.loads(path.read_text("utf-8"))
+def _compare(folder: Path,  # of the run
+             now: dict,     # what we are told now
+            ) -> dict:      # what it was told then
+    "Raise `RunError` if the two disagree on what may not change."
+    then = read_config(folder)
     differ = [f"{k} is {then[part][k]} there and {x} here"
               for part in ("train", "algorithm") for k, x in now[part].items()
               if k not in _MAY_CHANGE and then[part].get(k, x) != x]
     if then["data"] != now["data"]: differ = _why(then, now) + differ
-    then |= dict(versions=list(then["versions"]), about=dict(then["about"]))
-    return then, differ
-
-# %% ../../nbs/offline/16_training.ipynb #dd0984a9
-def _compare(path: Path,  # config.json of the run
-             now: dict,   # what we are told now
-            ) -> dict:    # what it was told then
-    "Raise `RunError` if the two disagree on what may not change."
-    try: then, differ = _read_then(path, now)
-    except (ValueError, KeyError, TypeError) as e:
-        raise RunError(f"{path} is damaged, or was not written by this bdpo_lit; "
-                       f"choose another directory") from e
     if not differ: return then
-    raise RunError(f"{path.parent} holds a run with other settings: "
-                   f"{'; '.join(differ)}. Resume it with its own settings, or choose "
-                   f"another directory")
+    raise RunError(f"{folder} holds a run with other settings: {'; '.join(differ)}. "
+                   f"Resume it with its own settings, or choose another directory")
 
 # %% ../../nbs/offline/16_training.ipynb #14-068
-_FILES = ("last.pt", "best.pt", "metrics.csv", "evaluations.csv", "warnings.csv")
+_FILES = ("last.pt", "previous.pt", "best.pt", "metrics.csv", "evaluations.csv",
+          "warnings.csv")
 
 @patch
 def _look_in(self: Training, resume: bool, now: dict) -> dict | None:
     "What the run in the directory was told; None if there is none. Raises `RunError`."
-    path = self.dir / "config.json"
-    if path.exists():
-        if resume: return _compare(path, now)
+    if (self.dir / "config.json").exists():
+        if resume: return _compare(self.dir, now)
         raise RunError(f"{self.dir} already holds a run; choose another directory, or "
                        f"resume it (resume=True)")
-    if others := [f for f in _FILES if (self.dir / f).exists()]:
+    if others := [f for f in _FILES if os.path.lexists(self.dir / f)]:
         raise RunError(f"{self.dir} holds {', '.join(others)}, but no config.json: not "
                        f"a run; choose another directory")
 
@@ -889,9 +1113,9 @@ def _open(self: Training, resume: bool, data: dict):
     with _writing(self.dir): self.dir.mkdir(parents=True, exist_ok=True)
     if then := self._look_in(resume, now): now = _continued(then, now)
     self.about, self.token = now["about"], secrets.token_hex(8)
-    _replace(self.dir / "owner", self.token.encode())
+    write_whole(self.dir / "owner", self.token.encode())
     self._resume()
-    _replace(self.dir / "config.json", _json(now).encode())
+    write_whole(self.dir / "config.json", _sealed(now))
     self.events = {phase: _new_events(self.dir / "tensorboard" / phase, step + 1)
                    for phase, step in self.steps.items()}
 
@@ -900,21 +1124,10 @@ def _open(self: Training, resume: bool, data: dict):
 def _check_owner(self: Training):
     "Raise `RunError` if the directory has been opened again since, or is gone."
     try: owner = (self.dir / "owner").read_text("utf-8")
-    except OSError: owner = None
+    except (OSError, ValueError): owner = None
     if owner != self.token:
         raise RunError(f"{self.dir} was removed, or taken over by another run; this "
                        f"one stops here")
-
-# %% ../../nbs/offline/16_training.ipynb #3d7af6d0
-def _forget(path: Path,       # a CSV file; it need not exist
-            what: Callable):  # row -> whether to drop it
-    "Drop rows, and a last line that was cut short."
-    if not path.exists(): return
-    lines = [line for line in path.read_text("utf-8").splitlines(keepends=True)
-             if line.endswith("\n")]
-    kept = [line for line, row in zip(lines[1:], csv.DictReader(lines))
-            if not what(row)]
-    _replace(path, "".join(lines[:1] + kept).encode() if kept else b"")
 
 # %% ../../nbs/offline/16_training.ipynb #14-028
 @contextmanager
@@ -1043,32 +1256,19 @@ def watch(training: Training,  # the run
             if stop.is_set(): break
     return training.evaluations
 
-# %% ../../nbs/offline/16_training.ipynb #08998c80
-def read_config(run_dir: str | Path,  # directory of a run
-               ) -> dict:             # train, algorithm, data, about, versions
-    "What a run was told. Raises `RunError` if there is none."
-    path, parts = Path(run_dir) / "config.json", {"train", "algorithm", "data", "about",
-                                                  "versions"}
-    try: config = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise RunError(f"{run_dir} is no run: there is no {path}") from None
-    except ValueError: config = None
-    if not isinstance(config, dict) or not parts <= config.keys():
-        raise RunError(f"{path} is damaged, or was not written by this bdpo_lit")
-    return config
-
 # %% ../../nbs/offline/16_training.ipynb #ece75ef1
 def read_column(run_dir: str | Path,   # directory of a run
                 name: str,             # of a metric, or of a column of evaluations.csv
                 phase: str = "train",  # of the metric: "pretrain" or "train"
                ) -> dict[int, float]:  # step: value
-    "One curve of a run, of evaluations the `comparable` part; empty if there is none."
+    """One curve of a run, of evaluations the `comparable` part; empty if there is none.
+    Raises `RunError` if the table is damaged."""
     path = Path(run_dir) / ("metrics.csv" if "/" in name else "evaluations.csv")
-    if not path.exists(): return {}
-    with open(path, encoding="utf-8") as f: rows = list(csv.DictReader(f))
-    if "/" not in name: rows = comparable(rows)
-    return {int(r["step"]): float(r[name]) for r in rows
-            if r.get(name) and r.get("phase", phase) == phase}
+    with _reading(path):
+        rows = _rows(path) if path.exists() else []
+        if "/" not in name: rows = comparable(rows)
+        return {int(r["step"]): float(r[name]) for r in rows
+                if r.get(name) and r.get("phase", phase) == phase}
 
 # %% ../../nbs/offline/16_training.ipynb #51b22f4b
 def _grouped(run_dirs: Sequence[Path]) -> dict[str, list[Path]]:
@@ -1144,24 +1344,19 @@ class _Inside:
     folder: Path | None       # of the run
     told: dict                # its configuration
     about: dict               # facts of data and environment
-    row: dict                 # the last metrics
+    rows: list[dict]          # its metrics
 
 # %% ../../nbs/offline/16_training.ipynb #82eb8abd
 def _inside(run, device: str) -> _Inside:
     "What a `Training` or a run directory holds. Raises `RunError`."
     if isinstance(run, Training):
         return _Inside(run.agent, run.steps["train"], run.dir, asdict(run.config),
-                       run.about, _last_row(run.dir) | run.row)
-    config, folder = read_config(run), Path(run)
-    step = load_checkpoint(folder)["steps"]["train"]
-    return _Inside(load_agent(folder, device), step, folder, config["train"],
-                   config["about"], _last_row(folder))
-
-# %% ../../nbs/offline/16_training.ipynb #10cd95a9
-def _last_row(folder: Path | None) -> dict[str, float]:
-    "The last price and mean value that were logged."
-    curves = {k: read_column(folder, k) for k in ("q/penalty", "q/mean") if folder}
-    return {k: list(curve.values())[-1] for k, curve in curves.items() if curve}
+                       run.about, run.rows)
+    config, where, path = read_config(run), pick_device(device), Path(run) / "last.pt"
+    state = load_checkpoint(path, str(where))
+    with _reading(path):
+        return _Inside(_agent_of(path, state, where), state["steps"]["train"],
+                       Path(run), config["train"], config["about"], state["rows"])
 
 # %% ../../nbs/offline/16_training.ipynb #0a2d85e7
 def _gaussian_of(run, inside: _Inside) -> Callable | None:
@@ -1186,12 +1381,12 @@ def _keep_gaussian(path: Path, play: Callable, agent: BDPO):
 
 # %% ../../nbs/offline/16_training.ipynb #f0dff93f
 def _load_gaussian(path: Path) -> Callable:
-    "A clone that was kept, as it was after its fit."
-    state = load_checkpoint(path)
-    net = GaussianPolicy(*state["dims"], tuple(state["hidden"]))
-    net.load_state_dict(state["net"])
-    generator = torch.Generator()
-    generator.set_state(state["generator"])
+    "A clone that was kept, as it was after its fit. Raises `RunError`."
+    state, generator = load_checkpoint(path), torch.Generator()
+    with _reading(path):
+        net = GaussianPolicy(*state["dims"], tuple(state["hidden"]))
+        net.load_state_dict(state["net"])
+        generator.set_state(state["generator"])
     return gaussian_player(net, generator)
 
 # %% ../../nbs/offline/16_training.ipynb #06ab8073
@@ -1215,13 +1410,13 @@ def _ways(agent: BDPO, title: str, learner: str, how: str, candidates: Sequence[
 
 # %% ../../nbs/offline/16_training.ipynb #3f4c882c
 def _entrants(inside: _Inside, gaussian: Callable | None, candidates: Sequence[int],
-              seed: int, device: str):
+              seed: int):
     "Name, who, updates and policy of all who play."
     how = "softmax" if inside.told["how"] == "softmax" else "best"
     teams = [(inside.agent, "diffusion clone", "behavior", None)]
     if inside.agent.actor.updates:   # else pi is nu
         teams.append((inside.agent, "BDPO", "last", inside.step))
-        if best := _best_of(inside, device):
+        if best := _best_of(inside):
             teams.append((best[0], f"BDPO of update {best[1]}", "best", best[1]))
     for agent, title, who, step in teams:
         learner = "behavior" if who == "behavior" else "actor"
@@ -1231,12 +1426,13 @@ def _entrants(inside: _Inside, gaussian: Callable | None, candidates: Sequence[i
             yield "Gaussian clone", "gaussian", None, gaussian
 
 # %% ../../nbs/offline/16_training.ipynb #bb28bae8
-def _best_of(inside: _Inside, device: str) -> tuple[BDPO, int] | None:
+def _best_of(inside: _Inside) -> tuple[BDPO, int] | None:
     "The agent of best.pt and its updates; None if there is none, or it is the last."
     path = inside.folder and inside.folder / "best.pt"
     if not path or not path.exists(): return None
-    step = load_checkpoint(path)["steps"]["train"]
-    return None if step == inside.step else (load_agent(path, device), step)
+    with _reading(path): step = load_checkpoint(path)["steps"]["train"]
+    where = str(inside.agent.device)
+    return None if step == inside.step else (load_agent(path, where), step)
 
 # %% ../../nbs/offline/16_training.ipynb #480d44ed
 @dataclass(frozen=True)
@@ -1257,7 +1453,7 @@ def contest(run,                   # a `Training`, or the directory of a run
     "The clones, nu and a Gaussian, and pi, on the same episodes. Raises `RunError`."
     inside = _inside(run, device)
     candidates = candidates or sorted({1, inside.told["num_actions"]})
-    entrants = _entrants(inside, _gaussian_of(run, inside), candidates, seed, device)
+    entrants = _entrants(inside, _gaussian_of(run, inside), candidates, seed)
     with _playground(run, make_env, inside.agent, episodes) as envs:
         bar = tqdm([*entrants], desc="playing", unit="policy", disable=not progress)
         return {name: Entry(who, step, play_episodes(policy, envs, episodes, seed,
@@ -1272,7 +1468,7 @@ def _playground(run, make_env, agent: BDPO, episodes: int) -> Iterator[VectorEnv
     if make_env is None:
         raise RunError("there is no environment to play in; give make_env")
     own = not isinstance(make_env, VectorEnv)
-    envs = vectorize(make_env, min(episodes, 20)) if own else make_env
+    envs = _environments(make_env, min(episodes, 20))
     try:
         _check_sizes(envs, agent.obs_dim, agent.action_dim, "the policies have")
         yield envs
@@ -1366,11 +1562,23 @@ def _promised(signs: dict) -> str:
 def _signs(inside: _Inside) -> dict:
     "What the advice is made of."
     a, auto = inside.agent, inside.agent.config.eta == "auto"
-    return dict(penalty=inside.row.get("q/penalty"), value=inside.row.get("q/mean"),
-                attainable=inside.about.get("attainable", [None, None]),
+    last = {k: x for row in inside.rows for k, x in row.items()}
+    return dict(penalty=last.get("q/penalty"), value=last.get("q/mean"),
+                attainable=inside.about.get("attainable") or [None, None],
                 eta=float(a.eta), budget=a.config.nats_per_dim if auto else None,
                 action_dim=a.action_dim, moved=a.actor.updates > 0,
                 warmup_steps=a.config.warmup_steps)
+
+# %% ../../nbs/offline/16_training.ipynb #02ee755a
+def _rivals(rows: list[dict], most: int | None = None) -> list[dict]:
+    "What the policy should be above, playing with no more than that many actions."
+    return [r for r in rows if r["who"] in ("data", "gaussian", "behavior")
+            and (most is None or (r.get("num_actions") or 1) <= most)]
+
+# %% ../../nbs/offline/16_training.ipynb #8b4c95b6
+def _named(rows: list[dict]) -> str:
+    "Lines by name, with what they earned."
+    return ", ".join(f"{x['name']} ({x['mean']:.1f})" for x in rows)
 
 # %% ../../nbs/offline/16_training.ipynb #7ba0fc9a
 def _verdict(rows: list[dict], signs: dict, num_actions: int) -> list[str]:
@@ -1379,24 +1587,42 @@ def _verdict(rows: list[dict], signs: dict, num_actions: int) -> list[str]:
     said = [f"the environment paid rewards that are no finite numbers, so nothing is "
             f"known of: {'; '.join(none)}"] if none else []
     if not signs["moved"]: return [*said, advice(signs)]
-    rivals = [r for r in rows if r["who"] in ("data", "gaussian", "behavior")]
-    lost = {r["num_actions"]: (r, [x for x in rivals if surely_below(r, x)])
-            for r in rows if r["who"] == "last"}
+    lost = {n: (r, [x for x in _rivals(rows, n) if surely_below(r, x)])
+            for r in rows if r["who"] == "last" and (n := r["num_actions"])}
     mine, to = lost.get(num_actions, (None, []))
     if not to: return said
-    whom = ", ".join(f"{x['name']} ({x['mean']:.1f})" for x in to)
     fine = [r["name"] for r, above in lost.values() if not above]
-    return [*said, f"{mine['name']} earns {mine['mean']:.1f}, surely less than {whom}. "
-            + _remedy(fine, rivals, signs)]
+    return [*said, f"{mine['name']} earns {mine['mean']:.1f}, surely less than "
+            f"{_named(to)}. {_remedy(fine, rows, signs)}"]
 
 # %% ../../nbs/offline/16_training.ipynb #d48180a6
-def _remedy(fine: list[str], rivals: list[dict], signs: dict) -> str:
+def _remedy(fine: list[str], rows: list[dict], signs: dict) -> str:
     "What to do about it: play it in a way that is fine, or change the run."
     if fine: return f"But {fine[0]} does not: play it like this."
-    data, nu = (next((r for r in rivals if r["who"] == who), None)
+    data, nu = (next((r for r in _rivals(rows) if r["who"] == who), None)
                 for who in ("data", "behavior"))
     what = advice(signs, bool(data and nu and surely_below(nu, data)))
     return what[0].upper() + what[1:] + "."
+
+# %% ../../nbs/offline/16_training.ipynb #eecc5070
+def _unclear(rows: list[dict], signs: dict, num_actions: int) -> list[str]:
+    "A sentence where the policy is below others, though not surely."
+    own = [r for r in rows if (r["who"], r["num_actions"]) == ("last", num_actions)]
+    if not signs["moved"] or not own or own[0]["mean"] is None: return []
+    name, mean = own[0]["name"], own[0]["mean"]
+    over = [r for r in _rivals(rows, num_actions) if r["mean"] is not None and r["mean"] > mean]
+    if not over or any(surely_below(own[0], r) for r in over): return []  # a warning
+    return [f"{name} earns {mean:.1f}, not clearly more than {_named(over)}; more "
+            f"episodes would tell. If it stays so: {_remedy([], rows, signs)}"]
+
+# %% ../../nbs/offline/16_training.ipynb #07feed54
+def _better_played(rows: list[dict], num_actions: int) -> list[str]:
+    "A sentence where the policy surely earns more when it is played another way."
+    mine = {r["num_actions"]: r for r in rows if r["who"] == "last"}
+    own = mine.pop(num_actions, None)
+    return [f"{r['name']} surely earns more ({r['mean']:.1f}): play it like this, "
+            f"--how {'best' if r['num_actions'] > 1 else 'sample'}"
+            for r in mine.values() if own and surely_below(own, r)]
 
 # %% ../../nbs/offline/16_training.ipynb #2fb19052
 def _board(inside: _Inside, played: dict[str, Entry], env: str | None) -> dict:
@@ -1410,7 +1636,8 @@ def _board(inside: _Inside, played: dict[str, Entry], env: str | None) -> dict:
     first = next(iter(played.values())).played
     return dict(unit="return" if None in refs else "score", episodes=len(first),
                 seed=first.seed, env=env, rows=rows, signs=signs,
-                warnings=_verdict(rows, signs, own), provenance=provenance())
+                warnings=_verdict(rows, signs, own), provenance=provenance(),
+                notes=_unclear(rows, signs, own) + _better_played(rows, own))
 
 # %% ../../nbs/offline/16_training.ipynb #a6e2aa46
 def scoreboard(run,                   # a `Training`, or the directory of a run
@@ -1426,7 +1653,7 @@ def scoreboard(run,                   # a `Training`, or the directory of a run
     inside = _inside(run, device)
     board = _board(inside, played, _env_id(make_env) or inside.about.get("env_id"))
     if inside.folder:
-        _replace(inside.folder / "scoreboard.json", _json(board).encode())
+        write_whole(inside.folder / "scoreboard.json", _sealed(board))
     return board
 
 # %% ../../nbs/offline/16_training.ipynb #df7f07f2
@@ -1460,15 +1687,19 @@ def show_scoreboard(board: dict,  # as `scoreboard` returns it
     where = f", {board['env']}" if board["env"] else ""
     how = (f"{board['episodes']} episodes for each policy, the same ones (seed "
            f"{board['seed']}{where}).")
-    told = [f"**Warning.** {w}" for w in board["warnings"]]
+    told = [*(f"**Warning.** {w}" for w in board["warnings"]),
+            *(f"**Note.** {n}" for n in board.get("notes", []))]
     return "\n\n".join([_aligned(head, rows), how, *told])
 
 # %% ../../nbs/offline/16_training.ipynb #315552ab
 def read_scoreboard(run_dir: str | Path,  # directory of a run
                    ) -> dict | None:      # as `scoreboard` returned it; None: none yet
-    "The table that was stored last."
+    "The table that was stored last. Raises `RunError` if it is damaged."
     path = Path(run_dir) / "scoreboard.json"
-    return json.loads(path.read_text("utf-8")) if path.exists() else None
+    if not path.exists(): return None
+    board = _read_json(path)
+    with _reading(path): show_scoreboard(board)   # whether it can be shown
+    return board
 
 # %% ../../nbs/offline/16_training.ipynb #30ee143a
 def train_seeds(make: Callable[[int], Training],  # the run of a seed
@@ -1586,9 +1817,8 @@ def export_policy(run,                  # directory, checkpoint, `Training` or `
     agent = getattr(run, "agent", run)
     if not isinstance(agent, BDPO): agent = load_agent(run, "cpu")
     drawn = _drawn(agent, num_actions, seed) if noise == "fixed" else None
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(_Portable(agent, num_actions, learner, drawn), path)
+    with _writing(path): path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, write(_Portable(agent, num_actions, learner, drawn)))
     return path
 
 # %% ../../nbs/offline/16_training.ipynb #7f27b1af
@@ -1607,30 +1837,41 @@ def _example(policy: _Portable) -> tuple[tuple, tuple]:
     noise = torch.zeros(policy.config.num_steps, 2, policy.M, A)
     return (obs, noise), ({0: batch}, {1: batch})
 
+# %% ../../nbs/offline/16_training.ipynb #169241c7
+@contextmanager
+def _unchecked() -> Iterator[None]:
+    "Within it jaxtyping checks no shapes: an exporter passes symbols for them."
+    config = jaxtyping.config
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    try: yield
+    finally: config.update("jaxtyping_disable", before)
+
 # %% ../../nbs/offline/16_training.ipynb #0ea10dea
-def _write_pt2(policy: _Portable, path: Path):
+def _pt2(policy: _Portable) -> bytes:
     "torch's own format; `torch.export.load(path).module()` is the policy."
     args, free = _example(policy)
-    with torch.no_grad(): torch.export.save(
-        torch.export.export(policy, args, dynamic_shapes=free), path)
+    with torch.no_grad(), _unchecked(): torch.export.save(
+        torch.export.export(policy, args, dynamic_shapes=free), file := io.BytesIO())
+    return file.getvalue()
 
 # %% ../../nbs/offline/16_training.ipynb #740f8f11
-def _write_onnx(policy: _Portable, path: Path):
+def _onnx(policy: _Portable) -> bytes:
     "ONNX, for runtimes without torch; inputs obs (and noise), output action."
     for name in ("onnx", "onnxscript"): _needed(name)
     args, free = _example(policy)
-    with torch.no_grad(): torch.onnx.export(
-        policy, args, path, dynamo=True, dynamic_shapes=free, verbose=False,
-        input_names=["obs", "noise"][:len(args)], output_names=["action"],
-        external_data=False)
+    with torch.no_grad(), _unchecked(): program = torch.onnx.export(
+        policy, args, dynamo=True, dynamic_shapes=free, verbose=False,
+        input_names=["obs", "noise"][:len(args)], output_names=["action"])
+    return program.model_proto.SerializeToString()
 
 # %% ../../nbs/offline/16_training.ipynb #ba8886ae
-def _write_weights(policy: _Portable, path: Path):
+def _weights(policy: _Portable) -> bytes:
     "Weights of policy and critics, scaling, fixed noise; the settings as metadata."
-    save_file = _needed("safetensors.torch").save_file
+    save = _needed("safetensors.torch").save
     tensors = {k: x.contiguous() for k, x in policy.state_dict().items()}
     told = {k: json.dumps(x) for k, x in _plain(policy.config).items()}
-    save_file(tensors, path, metadata=told | dict(candidates=str(policy.M)))
+    return save(tensors, metadata=told | dict(candidates=str(policy.M)))
 
 # %% ../../nbs/offline/16_training.ipynb #b9825fdf
 def _needed(name: str):
@@ -1643,7 +1884,7 @@ def _needed(name: str):
 # %% ../../nbs/offline/16_training.ipynb #c7a71d7b
 def _writer(path: str | Path, learner: str, noise: str) -> Callable:
     "What writes this kind of file. Raises `RunError` on impossible wishes."
-    writers = {".pt2": _write_pt2, ".onnx": _write_onnx, ".safetensors": _write_weights}
+    writers = {".pt2": _pt2, ".onnx": _onnx, ".safetensors": _weights}
     if (write := writers.get(Path(path).suffix)) is None:
         raise RunError(f"give a name that ends in {', '.join(writers)}, not "
                        f"{Path(path).name}")

@@ -1,0 +1,59 @@
+"""Time updates of this checkout against those of another, in turn, round by round, and write one JSON file:
+
+    git worktree add /tmp/before COMMIT
+    python bench/before_after.py --before /tmp/before --commit COMMIT
+
+The plain agent is the same in both and is what all times are divided by. `floor` is the time of the matrix products
+alone (`products` of chapter 12), `peak` the fastest product and the fastest copy of one core.
+"""
+import argparse
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+from bdpo_lit.evidence.benchmark import interleave, machine, ratios, torch_worker
+from bdpo_lit.reference.style import provenance
+
+HERE = Path(__file__).resolve().parents[1]
+SIZES = dict(locomotion=dict(size="locomotion"), planes=dict(size="toy2d"),
+             small=dict(size="locomotion", width=64, critics=4, samples=2, batch=128))
+WAYS = dict(less=dict(kind="less"), kept=dict(kind="less", memory=True), fast=dict(kind="fast", memory=True))
+
+
+def measure(name, before, rounds, ways):
+    "All ways of one size, of both checkouts, beside the plain one."
+    many = 20 if name == "small" else 1
+    ops = dict(pretrain=max(10, many), critic=many, actor=many)
+    at = lambda path: dict(PYTHONPATH=str(path), PYTHONSAFEPATH="1")
+    with ExitStack() as stack:
+        start = lambda path, **options: stack.enter_context(torch_worker(at(path), **SIZES[name], **options))
+        everyone = dict(plain=start(HERE, kind="plain"))
+        for way in ways:
+            everyone[f"before {way}"] = start(before, **WAYS[way])
+            everyone[way] = start(HERE, **WAYS[way])
+        answers = interleave(everyone, ops, rounds)
+        floors = interleave(dict(kept=everyone["kept"]), {f"{op}_products": many for op in ops}, rounds)["kept"]
+        for op in ops: answers.setdefault("floor", {})[op] = floors[f"{op}_products"]
+        work = {way: everyone[way].ask("work") for way in everyone if way in ("plain", "before kept", "kept")}
+        memory = {way: w.ask("memory")["peak_rss"] for way, w in everyone.items()}
+        return dict(ratio=ratios(answers, "plain"), work=work, memory=memory, rounds=rounds, cores=1,
+                    peak=everyone["kept"].ask("peak"))
+
+
+p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+p.add_argument("--before", required=True, help="another checkout")
+p.add_argument("--commit", required=True, help="its commit, for the record")
+p.add_argument("--out", default="runs/before_after.json", help="(chapter 12: bdpo_lit/results/speed_steps.json)")
+p.add_argument("--rounds", type=int, default=7)
+p.add_argument("--sizes", nargs="*", default=SIZES, choices=SIZES)
+p.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS)
+a = p.parse_args()
+out = Path(a.out)
+found = json.loads(out.read_text()) if out.exists() else {}
+for name in a.sizes:
+    found[name] = measure(name, a.before, a.rounds, a.ways)
+    found.setdefault("provenance", {})[name] = provenance() | machine("cpu") | dict(threads=1, before=a.commit)
+    out.write_text(json.dumps(found, indent=1))
+    for way, ops in found[name]["ratio"].items():
+        print(f"{name:10s} {way:12s}", *(f"{op} {x['ratio']:.3f} ({x['low']:.3f}-{x['high']:.3f}) "
+                                         f"{1e3 * x['seconds']:.1f} ms;" for op, x in ops.items()), flush=True)
