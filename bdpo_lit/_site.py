@@ -84,6 +84,7 @@ def homes() -> dict[str, str]:
 # ---- one page
 
 CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.S | re.M)
+FENCED = re.compile(r"(^```.*?^```)", re.S | re.M)
 MATH = re.compile(r"(\$\$.*?\$\$|(?<![\\$])\$[^$]+?\$)", re.S)
 TAGGED = r'<a id="([\w-]+)"></a>\s*\$\$(?:(?!\$\$).)*?\\tag\{(P\d+)\}'
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\([^)]*\)|<[^>]+>)")
@@ -119,7 +120,8 @@ def tables(text: str) -> str:
         lines = m[0].splitlines()
         kind = "wide-table" if sum(widest) > 75 else "table-box"
         return f"::: {{.{kind}}}\n" + "\n".join([lines[0], f"|{rule}|", *lines[2:]]) + "\n:::\n"
-    return re.sub(r"(?m)^\|.*\|[ ]*\n\|[ :|-]+\|[ ]*(?:\n\|.*\|[ ]*)+(?:\n|\Z)", one, text)
+    table = r"(?m)^\|.*\|[ ]*\n\|[ :|-]+\|[ ]*(?:\n\|.*\|[ ]*)+(?:\n|\Z)"
+    return "".join(part if i % 2 else re.sub(table, one, part) for i, part in enumerate(FENCED.split(text)))
 
 
 def formulas(text: str) -> str:
