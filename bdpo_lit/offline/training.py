@@ -1610,7 +1610,8 @@ def _unclear(rows: list[dict], signs: dict, num_actions: int) -> list[str]:
     own = [r for r in rows if (r["who"], r["num_actions"]) == ("last", num_actions)]
     if not signs["moved"] or not own or own[0]["mean"] is None: return []
     name, mean = own[0]["name"], own[0]["mean"]
-    over = [r for r in _rivals(rows, num_actions) if r["mean"] is not None and r["mean"] > mean]
+    over = [r for r in _rivals(rows, num_actions)
+            if r["mean"] is not None and r["mean"] > mean]
     if not over or any(surely_below(own[0], r) for r in over): return []  # a warning
     return [f"{name} earns {mean:.1f}, not clearly more than {_named(over)}; more "
             f"episodes would tell. If it stays so: {_remedy([], rows, signs)}"]
