@@ -680,7 +680,7 @@ def test_an_environment_that_raises_ends_in_one_sentence_and_keeps_the_run(throu
     monkeypatch.setattr(Faulty, "resets", 0)
     monkeypatch.setattr(Faulty, "paid", {1: ZeroDivisionError})
     with pytest.raises(RunError, match="Faulty failed in step with ZeroDivisionError: the simulator is broken "
-                       r"\(episode 1, step 1\) \(evaluation after update 20\); the run is kept in .*: mend the environment") as e:
+                       r"\(episode 1, step 1\) \(evaluation after update 20\); the run is kept in .*: mend") as e:
         list(start(tmp_path, env=Faulty).run())
     assert "\n" not in str(e.value) and e.value.__cause__ is not None
     assert load_checkpoint(tmp_path)["steps"]["train"] == 20

@@ -214,7 +214,8 @@ def status(cell: Cell) -> tuple[str, str]:
         if _finished(config, board): return "finished", ""
     if not ends: return "unfinished" if begun or said else "not begun", said
     if ends[-1][0] == 0: said = "no scoreboard: is there an environment?"
-    return "unfinished" if ends[-1][0] in (130, -signal.SIGTERM) else "failed", said
+    stopped = ends[-1][0] in (130, 143, -signal.SIGTERM) or "interrupted" in said
+    return "unfinished" if stopped else "failed", said
 
 # %% ../../nbs/evidence/25_sweep.ipynb #84e50320
 def _start(cell: Cell, cwd: str | None = None) -> subprocess.Popen:

@@ -1287,7 +1287,7 @@ def _grouped(run_dirs: Sequence[Path]) -> dict[str, list[Path]]:
         differ = [k for k in keys
                   if len({str(setting(s, k)) for s in runs.values()}) > 1]
         for d, s in runs.items():
-            label = ", ".join([name, *(f"{k} {setting(s, k)}" for k in differ)])
+            label = ", ".join([str(name), *(f"{k} {setting(s, k)}" for k in differ)])
             groups.setdefault(label, []).append(d)
     return groups
 
