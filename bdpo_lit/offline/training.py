@@ -1652,9 +1652,12 @@ def scoreboard(run,                   # a `Training`, or the directory of a run
     played = played or contest(run, make_env, episodes, seed, candidates,
                                progress=progress, device=device)
     inside = _inside(run, device)
-    board = _board(inside, played, _env_id(make_env) or inside.about.get("env_id"))
-    if inside.folder:
-        write_whole(inside.folder / "scoreboard.json", _sealed(board))
+    env, folder = _env_id(make_env) or inside.about.get("env_id"), inside.folder
+    if folder is None: return _board(inside, played, env)
+    with _reading(folder / "config.json"):
+        board = _board(inside, played, env)
+        show_scoreboard(board)   # whether it can be shown
+    write_whole(folder / "scoreboard.json", _sealed(board))
     return board
 
 # %% ../../nbs/offline/16_training.ipynb #df7f07f2
