@@ -1,7 +1,7 @@
 """Time updates of this checkout against those of another, in turn, round by round, and write one JSON file:
 
-    git worktree add /tmp/before COMMIT
-    python bench/before_after.py --before /tmp/before --commit COMMIT
+    git worktree add ../before COMMIT
+    python bench/before_after.py --before ../before --commit COMMIT
 
 The plain agent is the same in both and is what all times are divided by. `floor` is the time of the matrix products
 alone (`products` of chapter 12), `peak` the fastest product and the fastest copy of one core.
