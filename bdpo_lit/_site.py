@@ -163,7 +163,7 @@ class Page(Processor):
 
     def text(self, cell, opening: bool):
         text = formulas(tables(citations(callouts(cell.source))))
-        index = f"{self.up}reference/27_equations.ipynb"
+        index = f"{self.up}reference/31_equations.ipynb"
         def equation(m): return f"[({m[1]})]({self.here.get(m[1], f'{index}#{m[1]}')})"
         text = prose(text, lambda t: re.sub(r"\((P\d+)\)", equation, t))
         text = re.sub(r"(?<![\[`])`([\w.]+)`(?![\]`])", self.symbol, text)
@@ -263,7 +263,7 @@ def equations() -> dict[int, dict]:
 
 
 def write_index():
-    "Keep the index where chapter 27 reads it."
+    "Keep the index where chapter 31 reads it."
     rows = [dict(number=n, says=e["says"], reason=e["reason"], shown=e["shown"],
                  functions=list(dict(e["functions"]).items()), checks=list(dict.fromkeys(e["checks"])))
             for n, e in equations().items()]
@@ -286,8 +286,8 @@ def bibliography() -> str:
 
 
 def write_bibliography():
-    "Put the list into chapter 30, which Jupyter and Colab show, too."
-    path = NBS / "reference" / "30_bibliography.ipynb"
+    "Put the list into chapter 34, which Jupyter and Colab show, too."
+    path = NBS / "reference" / "34_bibliography.ipynb"
     nb = json.loads(path.read_text())
     k = next(k for k, c in enumerate(nb["cells"]) if "".join(c["source"]) == "## Sources")
     nb["cells"][k + 1]["source"] = bibliography().splitlines(True)

@@ -341,7 +341,7 @@ def test_cells_that_take_long_ask_first(path):
             assert f'wanted("{kind}"' in cell.source or not runs, f"'Run all' in Jupyter runs this: {cell.source[:80]}"
 
 
-@pytest.mark.parametrize("stem", ["22_results", "29_differences"])
+@pytest.mark.parametrize("stem", ["22_results", "33_differences"])
 def test_a_chapter_runs_alone(stem, tmp_path, monkeypatch):
     "As on Colab: the package installed, the notebook in an empty folder."
     from nbclient import NotebookClient

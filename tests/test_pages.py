@@ -94,7 +94,7 @@ def test_cited_keys_are_in_the_bibliography():
     known = set(re.findall(r"@\w+\{([\w:-]+),", (ROOT / "nbs" / "references.bib").read_text()))
     text = "".join((ROOT / "nbs" / p).read_text() for p in CHAPTERS)
     used = set(re.findall(r'\\"@([\w:-]+)\\"\)', text))
-    listed = "".join(nbformat.read(ROOT / "nbs/reference/30_bibliography.ipynb", 4).cells[4].source)
+    listed = "".join(nbformat.read(ROOT / "nbs/reference/34_bibliography.ipynb", 4).cells[4].source)
     assert listed == _site.bibliography(), "run python -m bdpo_lit._site --index"
     assert used <= known, f"cited, but not in references.bib: {used - known}"
     assert known <= used | {"gao2025bdpo"}, f"in references.bib, but cited nowhere: {known - used}"
@@ -127,8 +127,8 @@ def test_index_of_equations_is_up_to_date(tmp_path, monkeypatch):
     monkeypatch.setattr(_site, "RESULTS", tmp_path)
     _site.write_index()
     new, old = ((folder / "equation_index.json").read_text() for folder in (tmp_path, _site.PACKAGE / "results"))
-    assert new == old, "run python -m bdpo_lit._site --index and execute chapter 27"
-    table, = (c for c in nbformat.read(ROOT / "nbs/reference/27_equations.ipynb", 4).cells if "Markdown(" in c.source)
+    assert new == old, "run python -m bdpo_lit._site --index and execute chapter 31"
+    table, = (c for c in nbformat.read(ROOT / "nbs/reference/31_equations.ipynb", 4).cells if "Markdown(" in c.source)
     shown = "".join(table.outputs[0].data["text/markdown"])
     assert all(f'id="P{row["number"]}"' in shown for row in result("equation_index.json"))
 
@@ -145,8 +145,8 @@ def test_equations_of_the_paper_lead_to_code_and_back():
 
 
 def test_symbols_are_known():
-    "Greek letters of all formulas are in the tables of chapter 28."
-    known = (ROOT / "nbs/reference/28_symbols.ipynb").read_text()
+    "Greek letters of all formulas are in the tables of chapter 32."
+    known = (ROOT / "nbs/reference/32_symbols.ipynb").read_text()
     greek = ("alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau phi "
              "varphi chi psi omega ell Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega").split()
     for path in CHAPTERS:

@@ -1,4 +1,4 @@
-"""What chapter 31 promises, tried in a minute by the quick form of torture.py (`make torture` takes hours); the page
+"""What chapter 35 promises, tried in a minute by the quick form of torture.py (`make torture` takes hours); the page
 names tests that exist, and its numbers are of runs in which nothing broke."""
 import ast
 import json

@@ -3,13 +3,14 @@ import csv
 import itertools
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,16 +149,22 @@ def test_each_policy_of_each_run_once(home, undisturbed):
     assert [r["mean"] for r in undisturbed[:7]] == [r["mean"] for r in board["rows"]]
 
 
-SWEEP = "import sys, test_sweep as t; t.sweep(t.GRID, sys.argv[1], jobs=2)"
+@pytest.fixture(params=[run_local, run_ray], ids=["local", "ray"])
+def somehow(request):
+    "Run here, or on a Ray that is started for it."
+    if request.param is run_ray: pytest.importorskip("ray", reason="the extra bdpo_lit[sweep] is not installed")
+    return request.param
 
 
 @POSIX
-def test_interrupted_and_taken_up_is_as_undisturbed(home, undisturbed):
-    out, killed = home / "stopped", cells(GRID, home / "stopped")
+def test_interrupted_and_taken_up_is_as_undisturbed(home, undisturbed, somehow):
+    out = home / f"stopped-{somehow.__name__}"
+    killed = cells(GRID, out)
     env = os.environ | dict(PYTHONPATH=str(Path(__file__).parent))
-    going = subprocess.Popen([sys.executable, "-c", SWEEP, str(out)], env=env, stderr=subprocess.PIPE, text=True,
+    code = f"import sys, test_sweep as t; t.sweep(t.GRID, sys.argv[1], t.{somehow.__name__})"
+    going = subprocess.Popen([sys.executable, "-c", code, str(out)], env=env, stderr=subprocess.PIPE, text=True,
                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    wait_for(lambda: any((c.run_dir / "metrics.csv").exists() for c in killed) or going.poll() is not None)
+    wait_for(lambda: any((c.run_dir / "metrics.csv").exists() for c in killed) or going.poll() is not None, 300)
     going.send_signal(signal.SIGINT)
     err = going.communicate(timeout=60)[1]
     assert going.returncode and "KeyboardInterrupt" in err
@@ -198,6 +205,33 @@ def test_a_full_disk_leaves_what_is_there(home, undisturbed):
     assert "cannot write" in rows[0]["note"] and "free some space" in rows[0]["note"]
     assert (cell.run_dir / "config.json").exists()
     assert same(sweep(one, home / "full")) == [r for r in same(undisturbed) if r["variant"] == "eta=0.1"]
+
+
+@pytest.fixture
+def shared(tmp_path):
+    "A file system of its own, small."
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if not hasattr(os, "geteuid") or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_shared_folder_without_space_keeps_its_results(home, undisturbed, shared, somehow):
+    "One run is finished, the other finds no room, the table neither; then there is room again."
+    first, second = cells(GRID, shared)
+    sweep(replace(GRID, variants={"eta=0.1": GRID.variants["eta=0.1"]}), shared)
+    kept = {p: p.read_bytes() for p in [shared / "grid/results.csv", *first.run_dir.iterdir()] if p.is_file()}
+    free = os.statvfs(shared)
+    (shared / "ballast").write_bytes(bytes(free.f_bavail * free.f_frsize - 12_000))
+    with pytest.raises(RunError, match="cannot write .*results.csv: No space left"): sweep(GRID, shared, somehow)
+    assert {p: p.read_bytes() for p in kept} == kept and status(first)[0] == "finished"
+    assert status(second)[0] == "failed" and "No space left" in status(second)[1]
+    (shared / "ballast").unlink()
+    assert same(sweep(GRID, shared, somehow)) == same(undisturbed)
+    assert first.log.read_text().count("exit ") == 1, "what is finished is not run again"
 
 
 @POSIX
@@ -373,13 +407,13 @@ def cluster(home):
     cluster.shutdown()
 
 
-def ray_workers():
-    "Process ids of workers that are at a run."
+def processes(of: int, name: str) -> list:
+    "Descendants of a process whose command line contains the name, as they are now."
+    import psutil
     found = []
-    for d in Path("/proc").glob("[0-9]*"):
-        try: name = (d / "cmdline").read_bytes()
-        except OSError: continue
-        if name.startswith(b"ray::maze-"): found.append(int(d.name))
+    for p in psutil.Process(of).children(recursive=True):
+        with suppress(psutil.Error):
+            if name in " ".join(p.cmdline()): found.append(p)
     return found
 
 
@@ -388,29 +422,41 @@ def test_without_ray_the_extra_is_named(monkeypatch, tmp_path):
     with pytest.raises(RunError, match=r"bdpo_lit\[sweep\]"): run_ray(cells(GRID, tmp_path))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes as on Linux")
-def test_ray_loses_a_worker_and_a_node_and_no_run(home, cluster):
-    "Runs so long that they are in the middle when it happens."
-    pytest.importorskip("ray")
+TAKEN_UP = re.compile(r"taken up at update (\d+) \+ 0,")   # in the middle of its 1500 + 40
+
+
+@POSIX
+def test_ray_loses_a_worker_a_run_and_a_node_and_nothing_else(home, cluster):
+    "Runs so long that all of them are in the middle when it happens."
     cluster, nodes = cluster
     long = Experiment("long", GRID.sets, GRID.variants, [0, 1], OPTIONS | LONG)
     calm, run = sweep(long, home / "calm"), cells(long, home / "ray")
-    done = {}
+    raylets = [n.all_processes["raylet"][0].process.pid for n in nodes]
+    hit = {}
+
+    def at(raylet, name=str(home / "ray")):
+        "Runs of a node, by the folder in their command lines."
+        return {Path(p.cmdline()[-1]).name: p for p in processes(raylet, name) if "bdpo_lit" in p.cmdline()}
+
     def disturb():
-        wait_for(lambda: sum((c.run_dir / "last.pt").exists() for c in run) >= 2, 300)
-        victim = ray_workers()[0]
-        os.kill(victim, signal.SIGKILL)
-        done["worker"] = victim
-        time.sleep(2)
+        wait_for(lambda: all((c.run_dir / "last.pt").exists() for c in run), 300)
+        first, second = [*at(raylets[0])]
+        hit["worker"], hit["run"] = [first], [second]
+        processes(raylets[0], f"ray::{first}")[0].kill()    # the run of this one goes on, with nobody to wait for it
+        at(raylets[0])[second].kill()                       # as the kernel does when memory is short
+        lost = at(raylets[1])
+        hit["node"] = [*lost]
         cluster.remove_node(nodes[1], allow_graceful=False)
-        done["node"] = [status(c)[0] for c in run]
+        for p in lost.values(): p.kill()                    # where a machine goes, all of it does
+        hit["states"] = {status(c)[0] for c in run}
+
     thread = threading.Thread(target=disturb)
     thread.start()
     rows = sweep(long, home / "ray", run_ray, address=cluster.address)
     thread.join()
-    assert done["worker"] and done["node"].count("finished") < len(run), "it came too late to disturb"
+    assert [*map(len, hit.values())] == [1, 1, 2, 1] and hit["states"] == {"unfinished"}, hit
     assert same(rows) == same(calm)
-    assert sum("taken up at update" in c.log.read_text() for c in run) >= 2, "from their own checkpoints"
+    for c in run: assert TAKEN_UP.search(c.log.read_text()), f"{c.name} did not go on from its checkpoint: {hit}"
 
 
 def test_ray_shares_a_gpu_and_tells_what_failed(home, monkeypatch):
