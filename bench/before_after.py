@@ -17,7 +17,8 @@ from bdpo_lit.reference.style import provenance
 HERE = Path(__file__).resolve().parents[1]
 SIZES = dict(locomotion=dict(size="locomotion"), planes=dict(size="toy2d"),
              small=dict(size="locomotion", width=64, critics=4, samples=2, batch=128))
-WAYS = dict(less=dict(kind="less"), kept=dict(kind="less", memory=True), fast=dict(kind="fast", memory=True))
+WAYS = dict(less=dict(kind="less"), kept=dict(kind="less", memory=True), fast=dict(kind="fast", memory=True),
+            whole=dict(kind="whole", memory=True))    # not in every checkout, and for small networks only
 
 
 def measure(name, before, rounds, ways):
@@ -29,7 +30,7 @@ def measure(name, before, rounds, ways):
         start = lambda path, **options: stack.enter_context(torch_worker(at(path), **SIZES[name], **options))
         everyone = dict(plain=start(HERE, kind="plain"))
         for way in ways:
-            everyone[f"before {way}"] = start(before, **WAYS[way])
+            if way != "whole": everyone[f"before {way}"] = start(before, **WAYS[way])
             everyone[way] = start(HERE, **WAYS[way])
         answers = interleave(everyone, ops, rounds)
         floors = interleave(dict(kept=everyone["kept"]), {f"{op}_products": many for op in ops}, rounds)["kept"]
@@ -51,7 +52,7 @@ a = p.parse_args()
 out = Path(a.out)
 found = json.loads(out.read_text()) if out.exists() else {}
 for name in a.sizes:
-    found[name] = measure(name, a.before, a.rounds, a.ways)
+    found[name] = measure(name, a.before, a.rounds, [w for w in a.ways if w != "whole" or name == "small"])
     found.setdefault("provenance", {})[name] = provenance() | machine("cpu") | dict(threads=1, before=a.commit)
     out.write_text(json.dumps(found, indent=1))
     for way, ops in found[name]["ratio"].items():

@@ -127,7 +127,8 @@ def test_without_a_compiler_the_agent_stays_eager_and_says_so(monkeypatch):
     monkeypatch.setattr(speed, "_compiled", broken)
     monkeypatch.setattr(speed, "compiler_trouble", speed.compiler_trouble.__wrapped__)   # not the remembered answer
     agent, batch = BDPO(3, 2, BDPOConfig(**TINY)), synthetic_batch(8, 3, 2)
-    assert accelerate(agent, "default") == "eager: torch.compile does not work here (no compiler found)"
+    for mode in ("default", "whole"):
+        assert accelerate(agent, mode) == "eager: torch.compile does not work here (no compiler found)"
     agent.update(batch)
 
 

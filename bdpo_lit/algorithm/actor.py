@@ -22,7 +22,7 @@ def actor_loss(actor: NoiseNet, behavior: NoiseNet,  # who learns, and against w
                n: Int[Tensor, "B"],                  # diffusion steps
                noise: Float[Tensor, "B M A"],        # of the M samples of a^{n-1}
                sched: Schedule,                      # noise schedule
-               eta: float, rho: float,               # regularisation, pessimism
+               eta: float | Float[Tensor, ""], rho: float,  # regularisation, pessimism
                clip: float | None = 1.0,             # bound of the actions
                fixed: bool = False,                  # as `lower_values`
               ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:

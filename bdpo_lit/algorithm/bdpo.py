@@ -442,7 +442,8 @@ class BDPO:
                  seed: int = 0):                       # of weights and of all draws
         self.config, self.obs_dim, self.action_dim = config, obs_dim, action_dim
         self.device, self.updates = torch.device(device), 0   # of the main loop
-        self.fixed, self.price = False, 1.0   # as `lower_values`; if eta is "auto"
+        self.fixed = False                # as `lower_values`
+        self.price = torch.ones((), dtype=torch.float64)   # if eta is "auto"
         self.sched = vp_schedule(config.num_steps).to(self.device)
         _fresh(self, obs_dim, action_dim, seed)
         self.scaling = _no_scaling(obs_dim, action_dim)
@@ -564,17 +565,25 @@ def seen(self: BDPO, q: Float[Tensor, "K B"], loss: Float[Tensor, ""]) -> dict:
     found = {"q/loss": loss, "q/mean": q.mean(), "q/std": q.std(0, correction=0).mean()}
     return found | ({"q/spread": q.mean(0).std()} if self.config.eta == "auto" else {})
 
+# %% ../../nbs/algorithm/11_bdpo.ipynb #5e3bc5b6
+@patch
+def upper_loss(self: BDPO, batch, x_N=None, path_noise=None,   # as `look_ahead`
+              ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    "Eq. (P19) for Q, and metrics."
+    target, ahead = self.look_ahead(batch, x_N, path_noise)
+    q = self.q.net(batch.obs, batch.action)
+    loss = value_loss(q, target)
+    return loss, self.seen(q.detach(), loss.detach()) | ahead
+
 # %% ../../nbs/algorithm/11_bdpo.ipynb #10-020
 @patch
 def critic_losses(self: BDPO, batch, n, eps, noise,  # as `step_inputs`
                   x_N=None, path_noise=None,         # as `look_ahead`
                  ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], dict[str, Tensor]]:
     "Eq. (P19) for Q and for V_n, and metrics."
-    target, ahead = self.look_ahead(batch, x_N, path_noise)                # line 4
-    q = self.q.net(batch.obs, batch.action)
-    q_loss = value_loss(q, target)
+    q_loss, above = self.upper_loss(batch, x_N, path_noise)                # line 4
     v_loss, below = self.lower_loss(batch, n, eps, noise)                  # line 5
-    return q_loss, v_loss, self.seen(q.detach(), q_loss.detach()) | ahead | below
+    return q_loss, v_loss, above | below
 
 # %% ../../nbs/algorithm/11_bdpo.ipynb #50da8d00
 @patch
@@ -602,7 +611,7 @@ def update_actor(self: BDPO, batch) -> dict[str, Tensor]:
 
 # %% ../../nbs/algorithm/11_bdpo.ipynb #f5810d37
 @patch(as_prop=True)
-def eta(self: BDPO) -> float:
+def eta(self: BDPO) -> float | Float[Tensor, ""]:
     "Price of one nat now."
     return self.price if self.config.eta == "auto" else self.config.eta
 
@@ -610,13 +619,14 @@ def eta(self: BDPO) -> float:
 @patch
 def settle(self: BDPO, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     "eta='auto': move the price after an update, Eqs. (6.9) and (6.10); report it."
-    c = self.config
+    c, price = self.config, float(self.price)
     if c.eta != "auto": return metrics
     budget, spread = c.nats_per_dim * self.action_dim, metrics.pop("q/spread").item()
-    if self.actor.updates == 0: self.price = first_price(spread, budget)
+    if self.actor.updates == 0: price = first_price(spread, budget)
     elif self.actor_due():
-        self.price = next_price(self.price, metrics["q/penalty"].item(), budget)
-    return metrics | {"eta": torch.tensor(self.price)}
+        price = next_price(price, metrics["q/penalty"].item(), budget)
+    self.price = torch.tensor(price, dtype=torch.float64)
+    return metrics | {"eta": self.price.float()}
 
 # %% ../../nbs/algorithm/11_bdpo.ipynb #10-032
 @patch
@@ -731,7 +741,7 @@ def state_dict(self: BDPO) -> dict:
     "All that a later process needs: tensors and numbers only."
     learners = {name: getattr(self, name).state_dict()
                 for name in ("behavior", "actor", "q", "v")}
-    price = dict(price=self.price) if self.config.eta == "auto" else {}
+    price = dict(price=float(self.price)) if self.config.eta == "auto" else {}
     return dict(updates=self.updates, generator=self.generator.get_state(),
                 scaling=dict(self.scaling), **learners, **price)
 
@@ -745,6 +755,6 @@ def load_state_dict(self: BDPO, state: dict):
     self.updates = state["updates"]
     self.generator.set_state(state["generator"].cpu())
     self.set_scaling(**state["scaling"])
-    if self.config.eta == "auto": self.price = state["price"]
+    if self.config.eta == "auto": self.price = torch.tensor(state["price"], dtype=torch.float64)
     for name in ("behavior", "actor", "q", "v"):
         getattr(self, name).load_state_dict(state[name])

@@ -49,7 +49,7 @@ def q_target(reward: Float[Tensor, "B"],      # r
              next_q: Float[Tensor, "K B M"],  # slow critics at sampled next actions
              penalty: Float[Tensor, "B M"],   # price of the paths that led there
              gamma: float,                    # discount
-             eta: float, rho: float,          # regularisation, pessimism
+             eta: float | Float[Tensor, ""], rho: float,  # regularisation, pessimism
              max_q: bool = False,  # best of the M samples instead of their mean
             ) -> Float[Tensor, "B"]:
     "Upper target, Eq. (P13) with Eq. (P18); `max_q` leaves the penalty a mean."
@@ -82,7 +82,7 @@ def step_value(actor: NoiseNet, behavior: NoiseNet,  # whose step, and against w
                n: Int[Tensor, "B"],                  # diffusion steps
                noise: Float[Tensor, "B M A"],        # of the M samples of a^{n-1}
                sched: Schedule,                      # noise schedule
-               eta: float, rho: float,               # regularisation, pessimism
+               eta: float | Float[Tensor, ""], rho: float,  # regularisation, pessimism
                clip: float | None = 1.0,             # bound of the actions
                fixed: bool = False,                  # as `lower_values`
               ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UPDATES', 'MODES', 'PlainBDPO', 'synthetic_batch', 'rough', 'gradients', 'ByteCounter', 'work', 'ProductRecorder',
-           'products', 'compiler_trouble', 'fused_activate', 'use_activate', 'keep_memory', 'prepare_for_recording',
-           'unchanged', 'Recorded', 'accelerate', 'Fleet']
+           'products', 'compiler_trouble', 'fused_activate', 'use_activate', 'traced_activate', 'compile_losses',
+           'keep_memory', 'prepare_for_recording', 'unchanged', 'Recorded', 'accelerate', 'Fleet']
 
 # %% ../../nbs/algorithm/12_speed.ipynb #10b-003
 import copy
@@ -213,6 +213,32 @@ def use_activate(agent: BDPO, f: Callable):
             for net in (learner.net, learner.target)]
     for net in (*nets, agent.actor.target, agent.behavior.target): net.mlp.activate = f
 
+# %% ../../nbs/algorithm/12_speed.ipynb #af771047
+class _TracedMish(_FusedMish):
+    "As `_FusedMish`, within a larger program."
+    @staticmethod
+    def forward(ctx, h):
+        value, slope = _fused_slope(h)
+        ctx.save_for_backward(slope)
+        return value
+
+# %% ../../nbs/algorithm/12_speed.ipynb #c5d74c70
+def traced_activate(norm: nn.Module,             # as `activate`
+                    z: Float[Tensor, "K *B H"],  # as `activate`
+                   ) -> Float[Tensor, "K *B H"]:
+    "`activate`; in a program that is being compiled, in a form that fuses."
+    return (_TracedMish.apply(norm(z)) if torch.compiler.is_compiling()
+            else activate(norm, z))
+
+# %% ../../nbs/algorithm/12_speed.ipynb #c545f556
+def compile_losses(agent: BDPO):
+    "From now on each loss, with its gradient, is one program (half a minute, once)."
+    agent.fixed = True
+    for learner in _learners(agent).values():
+        for net in (learner.net, learner.target): net.mlp.activate = traced_activate
+    for loss in ("behavior_loss", "upper_loss", "lower_loss", "policy_loss"):
+        setattr(agent, loss, torch.compile(getattr(agent, loss), dynamic=False))
+
 # %% ../../nbs/algorithm/12_speed.ipynb #10b-023
 def keep_memory(keep: bool = True,    # False: return it again, as glibc does at first
                ) -> bool:             # whether it took effect
@@ -350,7 +376,7 @@ def take_over(self: Recorded):
         setattr(self.agent, f"update_{what}", replay)
 
 # %% ../../nbs/algorithm/12_speed.ipynb #a10da579
-MODES = ("off", "default", "cudagraph")     # default: compile; cudagraph: and record
+MODES = ("off", "default", "whole", "cudagraph")
 
 # %% ../../nbs/algorithm/12_speed.ipynb #02f58ee4
 def _try_recording(agent, batch):
@@ -386,10 +412,13 @@ def accelerate(agent: BDPO,        # whose updates to make faster, from now on
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if mode == "off": return "eager"
     trouble = compiler_trouble(str(agent.device))
+    if mode == "whole" and not trouble:
+        compile_losses(agent)
+        return "losses compiled"
     use_activate(agent, activate if trouble else fused_activate)
     said = (f"eager: torch.compile does not work here ({trouble})" if trouble
             else "activations compiled")
-    return said if mode == "default" else f"{said}, {_recorded(agent, batch)}"
+    return f"{said}, {_recorded(agent, batch)}" if mode == "cudagraph" else said
 
 # %% ../../nbs/algorithm/12_speed.ipynb #10b-037
 class _Losses(nn.Module):

@@ -78,7 +78,7 @@ class TrainConfig:
     num_actions: int = 10            # candidates per decision
     save_every: int = 50_000         # updates per checkpoint (one more at the end)
     normalize_obs: bool = False      # standardise the observations (off in the paper)
-    compile: str = "off"             # "default" or "cudagraph" (GPU) to make it faster
+    compile: str = "off"             # to make it faster: one of `MODES` of chapter 12
     log: str = "tensorboard"         # "wandb" or "trackio": curves go there as well
 
     def __post_init__(self): _check_plan(self)
