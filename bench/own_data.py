@@ -15,6 +15,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 
+from bdpo_lit.evidence.ablations import collect_pendulum
 from bdpo_lit.reference.style import provenance
 
 
@@ -38,19 +39,12 @@ def save(path: Path, episodes: list):
 def steps(episodes: list) -> int: return sum(map(len, episodes))
 
 
-def pendulum(path: Path, total: int = 20_000):
-    "Swing-up by scripts of random gains and noise: pump energy, then hold."
-    env, rng, episodes = gym.make("Pendulum-v1"), np.random.default_rng(0), []
-    def script(obs, pump, kp, kd, noise):
-        cos, sin, speed = obs
-        if cos > .85: torque = -kp * np.arctan2(sin, cos) - kd * speed
-        elif .5 * speed * speed + 15 * (cos - 1) < 0: torque = 2 * pump * np.sign(speed + 1e-9)
-        else: torque = -.5 * speed
-        return np.array([torque + noise * rng.normal()])
-    while steps(episodes) < total:
-        settings = [rng.uniform(*b) for b in ((.3, 1.5), (4, 14), (.5, 3), (.2, 1.6))]
-        episodes.append(play(env, script, *settings, seed=len(episodes)))
-    save(path, episodes)
+def pendulum(path: Path):
+    "Swing-up by scripts of random gains and noise: chapter 26's."
+    episodes = list(collect_pendulum())
+    join = lambda name: np.concatenate([getattr(e, name)[:len(e)] for e in episodes])
+    np.savez(path, observations=join("observations"), actions=join("actions"), rewards=join("rewards"),
+             terminals=join("terminations"), timeouts=join("truncations"))
 
 
 def inverted_pendulum(path: Path, total: int = 20_000):

@@ -81,8 +81,8 @@ def same(rows):
 def test_shipped_experiments():
     shipped = {p.stem: read_experiment(p.stem) for p in EXPERIMENTS.glob("*.toml")}
     assert {k: len(cells(x)) for k, x in shipped.items()} == dict(
-        table1=75, ablate_eta=50, ablate_rho=40, ablate_steps=40, ablate_critics=40, ablate_backup=20, minute=4)
-    assert [c.options["algorithm.num_steps"] for c in cells(shipped["ablate_steps"])[:4]] == [2, 5, 10, 20]
+        table1=75, ablate_eta=50, parts=135, minute=4)
+    assert [shipped["parts"].variants[f"N={n}"]["algorithm.num_steps"] for n in (2, 10)] == [2, 10]
     assert [cell.set for cell in cells(shipped["table1"])[:15]] == sorted(
         (r["task"] for r in result("paper_table1.csv")), key=list(shipped["table1"].sets).index)
     for x in shipped.values(): assert x.about and len(x.seeds) == (2 if x.name == "minute" else 5)
@@ -401,10 +401,10 @@ def cluster(home):
     import ray
     from ray.cluster_utils import Cluster
     cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0))
-    nodes = [cluster.add_node(num_cpus=2, num_gpus=0) for _ in range(2)]
-    yield cluster, nodes
-    ray.shutdown()
-    cluster.shutdown()
+    try: yield cluster, [cluster.add_node(num_cpus=2, num_gpus=0) for _ in range(2)]
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def processes(of: int, name: str) -> list:
@@ -484,8 +484,8 @@ def test_the_command(home, undisturbed, tmp_path, capsys):
         out = capsys.readouterr()
         return out.out + out.err
 
-    lines = said(["ablate_backup", "--print", "--out", "a b"]).splitlines()
-    assert lines == [c.line() for c in cells(read_experiment("ablate_backup"), "a b")] and len(lines) == 20
+    lines = said(["minute", "--print", "--out", "a b"]).splitlines()
+    assert lines == [c.line() for c in cells(read_experiment("minute"), "a b")] and len(lines) == 4
     (tmp_path / "grid.toml").write_text("\n".join([
         "sets = ['maze']", "seeds = [0]", "[variants]", "eta.algorithm.eta = [0.1, 1.0]", "[options]",
         *(f'"{k}" = {json.dumps(v)}' for k, v in OPTIONS.items())]))
