@@ -2,6 +2,7 @@
 import csv
 import importlib.util
 import json
+import math
 import os
 import random
 import re
@@ -24,8 +25,10 @@ from PIL import Image
 from test_training import assert_same_run
 
 import bdpo_lit.reference.command_line as cli
+from bdpo_lit.evidence.ablations import PENDULUM_ID
 from bdpo_lit.evidence.cheetah import CHEETAH_ID, collect_cheetah
-from bdpo_lit.offline.data import D4RL_TASKS, d4rl_folder
+from bdpo_lit.offline.data import D4RL_TASKS, d4rl_folder, load_minari
+from bdpo_lit.offline.own_data import returns_to_go
 from bdpo_lit.offline.training import load_checkpoint
 
 TINY = ("--train.pretrain-steps 30 --train.train-steps 40 --train.log-every 10 --train.save-every 8 "
@@ -224,6 +227,19 @@ def test_half_a_cheetah(bdpo, home):
     assert "score" in said and re.search(r"last +40 ", said)
     bdpo("plot runs/halfcheetah-0 --out cheetah.png")
     assert "obs_dim  17" in bdpo(f"describe {CHEETAH_ID}")
+
+
+def test_swing_up_and_a_unit_of_reward_that_is_kept(bdpo, home):
+    assert "400 transitions in 2 episodes" in bdpo("collect pendulum --num-steps 400")
+    said = bdpo("train --task pendulum", TINY, "--train.eval-every 0")
+    scale = float(re.search(r"rewards x ([\d.]+)", said)[1])
+    data = load_minari(PENDULUM_ID)
+    assert math.isclose(scale * returns_to_go(data, 0.98).std(), 10, rel_tol=1e-3) and "played in Pendulum-v1" in said
+    longer = "--train.train-steps 60 --run-dir runs/pendulum-0"
+    for words in ("--task pendulum", "--config runs/pendulum-0/config.json"):     # goes on, in the same unit
+        assert f"rewards x {scale:.4g}" in bdpo("train", words, TINY, "--train.eval-every 0", longer)
+    said = bdpo("train --task maze --reward spread", TINY, "--run-dir runs/spread")
+    assert json.loads((home / "runs" / "spread" / "config.json").read_text())["about"]["reward"] == "spread"
 
 
 def test_a_minari_set_with_dict_observations_knows_its_environment(bdpo, home):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PENDULUM_ID', 'PENDULUM_ENV_ID', 'SWING_UP', 'swing_up', 'collect_pendulum', 'against']
 
-# %% ../../nbs/evidence/26_ablations.ipynb #75a61848
+# %% ../../nbs/evidence/26_ablations.ipynb #a2fef7b5
 import warnings
 from collections.abc import Iterable
 import gymnasium as gym
@@ -16,29 +16,29 @@ from minari.data_collector import EpisodeBuffer
 from scipy import stats
 from tqdm.auto import tqdm
 
-# %% ../../nbs/evidence/26_ablations.ipynb #0554af0b
+# %% ../../nbs/evidence/26_ablations.ipynb #9087e273
 from ..algorithm.bdpo import BDPOConfig
 from ..offline.data import DataError
 from ..offline.maze import find_or_make, permalink
 from ..offline.tasks import Task
 from ..offline.training import TrainConfig
 
-# %% ../../nbs/evidence/26_ablations.ipynb #dd013b1b
+# %% ../../nbs/evidence/26_ablations.ipynb #68771b5c
 PENDULUM_ID = "bdpo/pendulum-swingup-v0"   # of the data set
 PENDULUM_ENV_ID = "Pendulum-v1"            # of the environment: 200 steps, |a| <= 2
 
-# %% ../../nbs/evidence/26_ablations.ipynb #9cf9296c
+# %% ../../nbs/evidence/26_ablations.ipynb #d4318b13
 def swing_up(obs: Float[np.ndarray, "3"],  # cosine, sine, speed
              pump: float,                  # torque while there is too little energy
              kp: float, kd: float,         # gains near the top
-            ) -> float:                    # torque, before noise and bounds
+            ) -> float | np.floating:      # torque, before noise and bounds
     "Below: push along until the energy suffices, else brake. Near the top: hold."
     cos, sin, speed = obs
     if cos > 0.85: return -kp * np.arctan2(sin, cos) - kd * speed
     if 0.5 * speed * speed + 15 * (cos - 1) < 0: return 2 * pump * np.sign(speed + 1e-9)
     return -0.5 * speed
 
-# %% ../../nbs/evidence/26_ablations.ipynb #16df3a7a
+# %% ../../nbs/evidence/26_ablations.ipynb #83482853
 def _episode(env: gym.Env, rng: np.random.Generator, seed: int) -> EpisodeBuffer:
     "One episode of a script with gains of its own."
     pump, kp, kd, noise = (rng.uniform(*b) for b in ((0.3, 1.5), (4, 14), (0.5, 3),
@@ -55,7 +55,7 @@ def _episode(env: gym.Env, rng: np.random.Generator, seed: int) -> EpisodeBuffer
                          rewards=np.array(rewards), terminations=np.zeros(len(last), bool),
                          truncations=last)
 
-# %% ../../nbs/evidence/26_ablations.ipynb #44d68bb2
+# %% ../../nbs/evidence/26_ablations.ipynb #81f5dbd3
 def collect_pendulum(num_steps: int = 20_000,  # transitions; whole episodes of 200
                      seed: int = 0,            # same seed, same data
                      dataset_id: str = PENDULUM_ID,  # Minari's id, ends in -vN
@@ -71,7 +71,7 @@ def collect_pendulum(num_steps: int = 20_000,  # transitions; whole episodes of 
             tqdm(starts, desc="pendulum", unit="episode", disable=not progress))], recipe)
     return find_or_make(dataset_id, recipe, make)
 
-# %% ../../nbs/evidence/26_ablations.ipynb #05eac1f7
+# %% ../../nbs/evidence/26_ablations.ipynb #b2e9bad6
 def _write(dataset_id: str, episodes: list[EpisodeBuffer], recipe: dict):
     "Store the episodes as a Minari data set under its current root."
     env = gym.make(PENDULUM_ENV_ID)
@@ -85,7 +85,7 @@ def _write(dataset_id: str, episodes: list[EpisodeBuffer], recipe: dict):
             description="Pendulum-v1 swung up by noisy scripts of uneven quality.")
         dataset.storage.update_metadata({"recipe": recipe})
 
-# %% ../../nbs/evidence/26_ablations.ipynb #8830351a
+# %% ../../nbs/evidence/26_ablations.ipynb #387de137
 SWING_UP = Task(
     TrainConfig(pretrain_steps=3000, train_steps=6000, batch_size=128, log_every=250,
                 eval_every=1000, eval_episodes=5, save_every=2000, normalize_obs=True),
@@ -96,7 +96,7 @@ SWING_UP = Task(
                actor_every=2, warmup_steps=750),
     "spread", PENDULUM_ENV_ID, PENDULUM_ID)
 
-# %% ../../nbs/evidence/26_ablations.ipynb #fc2cc581
+# %% ../../nbs/evidence/26_ablations.ipynb #f93b8cee
 def against(rows: Iterable[dict],           # as `read_results` returns them
             base: str = "base",             # variant to compare with
             who: str = "last",              # as `summary`
@@ -112,7 +112,7 @@ def against(rows: Iterable[dict],           # as `read_results` returns them
     return [dict(set=s, variant=v, seeds=len(x)) | _student(x)
             for (s, v), x in gains.items() if len(x) > 1]
 
-# %% ../../nbs/evidence/26_ablations.ipynb #4183c97f
+# %% ../../nbs/evidence/26_ablations.ipynb #68795f73
 def _student(x: list[float]) -> dict[str, float]:
     "The mean of a few numbers, and its 95 % interval."
     x = np.asarray(x)

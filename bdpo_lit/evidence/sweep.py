@@ -306,7 +306,7 @@ def run_ray(todo: Sequence[Cell],         # what is left to do
            ):
     "Run them on Ray. Interrupted, it lets each run save first. Raises `RunError`."
     ray = _ray()
-    ray.init(address, log_to_driver=False, runtime_env=dict(env_vars=_own_env()))
+    _connect(ray, address)
     left = {}
     try:
         left |= _submit(ray, todo, gpus, retries)
@@ -315,6 +315,16 @@ def run_ray(todo: Sequence[Cell],         # what is left to do
         for ref in left: ray.cancel(ref)
         if left: ray.wait(list(left), num_returns=len(left), timeout=60)
         ray.shutdown()
+
+# %% ../../nbs/evidence/25_sweep.ipynb #8a26124d
+def _connect(ray, address: str | None):
+    "To a cluster, or to a new one here. Raises `RunError`."
+    own = dict(env_vars=_own_env())
+    try: ray.init(address, log_to_driver=False, runtime_env=own)
+    except (ConnectionError, RuntimeError, ValueError) as e:
+        raise RunError(f"Ray does not start ({type(e).__name__}: "
+                       f"{str(e).strip().splitlines()[0][:200]}); --address local "
+                       f"begins a cluster of its own") from e
 
 # %% ../../nbs/evidence/25_sweep.ipynb #9c26a604
 def _submit(ray, todo: Sequence[Cell], gpus: float, retries: int) -> dict:
