@@ -12,6 +12,7 @@ __all__ = ['HAND', 'PEER', 'PRETRAIN', 'STEPS', 'BATCH', 'METHODS', 'SETS', 'sid
 import copy
 import csv
 import io
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ from ..algorithm.speed import keep_memory
 from .ablations import PENDULUM_ENV_ID, PENDULUM_ID, SWING_UP
 from .cheetah import CHEETAH_ENV_ID, CHEETAH_ID, expectile_loss
 from .sweep import COLUMNS, read_results
+
+# %% ../../nbs/evidence/27_peers.ipynb #27-007
 from ..offline.data import Scaling, Transitions, load
 from ..offline.evaluation import bootstrap_interval, evaluate, normalized_score
 from ..offline.maze import MAZE_ENV_ID, MAZE_ID
@@ -42,27 +45,27 @@ from ..offline.training import write_whole
 from ..theory.diffusion import forward_sample, reverse_path, vp_schedule
 from ..reference.style import provenance
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-014
+# %% ../../nbs/evidence/27_peers.ipynb #27-016
 HAND = SWING_UP.algorithm               # BDPO's settings for this comparison
 PEER = replace(HAND, actor_lr=1e-3)     # of those whose policy does not begin as nu
 PRETRAIN, STEPS, BATCH = 3000, 6000, 128   # updates of clones, of all; transitions
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-017
+# %% ../../nbs/evidence/27_peers.ipynb #27-019
 @torch.no_grad()
 def side_by_side(make: Callable[[], nn.Module],  # builds the network of one run
                  seeds: Sequence[int],           # of the runs
                 ) -> nn.Module:  # its members are those of all runs, in order
     "One network that holds what `make` builds under each seed."
-    def fresh(seed):
+    nets = []
+    for seed in seeds:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return make()
-    nets = [fresh(seed) for seed in seeds]
+            nets.append(make())
     for params in zip(*(net.parameters() for net in nets)):
         params[0].data = torch.cat(params)
     return nets[0]
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-019
+# %% ../../nbs/evidence/27_peers.ipynb #27-021
 class Peer(nn.Module):
     "R runs of one method as one program: what all methods share."
     def __init__(self, obs_dim: int, action_dim: int,  # S, A
@@ -77,18 +80,23 @@ class Peer(nn.Module):
         self.register_buffer("knob", knobs[:, None].clone())
         self.net, self.slow, self.adam = nn.ModuleDict(), nn.ModuleDict(), {}
         for name, make in self.nets().items():
-            self.net[name] = net = side_by_side(make, seeds)
-            self.slow[name] = copy.deepcopy(net).requires_grad_(False)
-            lr = config.actor_lr if name == "actor" else config.critic_lr
-            self.adam[name] = torch.optim.Adam(net.parameters(), lr, fused=True)
+            self.grow(name, side_by_side(make, seeds))
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-020
+# %% ../../nbs/evidence/27_peers.ipynb #27-022
+@patch
+def grow(self: Peer, name: str, net: nn.Module):
+    "A network, its slow copy, and Adam for it."
+    self.net[name], self.slow[name] = net, copy.deepcopy(net).requires_grad_(False)
+    lr = self.config.actor_lr if name == "actor" else self.config.critic_lr
+    self.adam[name] = torch.optim.Adam(net.parameters(), lr, fused=True)
+
+# %% ../../nbs/evidence/27_peers.ipynb #27-023
 @patch
 def mlp(self: Peer, *sizes: int, out: int) -> Callable[[], EnsembleMLP]:
     "Builds a policy's perceptron for a run."
     return lambda: EnsembleMLP(sizes, self.config.actor_hidden, out)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-021
+# %% ../../nbs/evidence/27_peers.ipynb #27-024
 @patch
 def nets(self: Peer) -> dict[str, Callable[[], nn.Module]]:
     "What builds the networks of a run; all methods but clones have two critics."
@@ -96,21 +104,21 @@ def nets(self: Peer) -> dict[str, Callable[[], nn.Module]]:
     return dict(q=lambda: EnsembleMLP((self.S + self.A,), c.critic_hidden, 1, 2,
                                       c.q_layer_norm))
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-023
+# %% ../../nbs/evidence/27_peers.ipynb #27-026
 @patch
 def randn(self: Peer, *shape: int) -> Float[Tensor, "R *B"]:
     "Standard normal, every run from its own stream."
     x = torch.stack([torch.randn(shape, generator=g) for g in self.draws])
     return x.to(self.knob.dtype)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-024
+# %% ../../nbs/evidence/27_peers.ipynb #27-027
 @patch
 def randint(self: Peer, low: int, high: int, size: int) -> Int[Tensor, "R B"]:
     "Whole numbers from low to high - 1, likewise."
     return torch.stack([torch.randint(low, high, (size,), generator=g)
                         for g in self.draws])
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-025
+# %% ../../nbs/evidence/27_peers.ipynb #27-028
 @patch
 def batch(self: Peer, data: Transitions, size: int = BATCH) -> Batch:
     "Transitions for every run, (R, B, ...)."
@@ -118,7 +126,7 @@ def batch(self: Peer, data: Transitions, size: int = BATCH) -> Batch:
     fields = data.obs, data.action, data.reward, data.next_obs, data.terminal
     return Batch(*(x[i].to(self.knob.dtype) for x in fields))
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-026
+# %% ../../nbs/evidence/27_peers.ipynb #27-029
 @patch
 def learn(self: Peer, name: str,         # of the network
           loss: Float[Tensor, ""]):      # mean over runs and batch
@@ -126,13 +134,13 @@ def learn(self: Peer, name: str,         # of the network
     net, R = self.net[name], len(self.draws)
     params = list(net.parameters())
     grads = [g.reshape(R, -1) for g in torch.autograd.grad(R * loss, params)]
-    norm = torch.cat(grads, 1).norm(dim=1, keepdim=True)
+    norm = torch.cat(grads, 1).norm().expand(R, 1)
     scale = (self.config.clip_grad_norm / norm.clamp(min=1e-9)).clamp(max=1)
     for p, g in zip(params, grads): p.grad = (scale * g).view_as(p)
     self.adam[name].step()
     ema_update(self.slow[name], net, self.config.ema)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-028
+# %% ../../nbs/evidence/27_peers.ipynb #27-031
 @patch
 def q(self: Peer, obs: Float[Tensor, "R B S"], action: Float[Tensor, "R B A"],
       slow: bool = False) -> Float[Tensor, "R 2 B"]:
@@ -141,14 +149,14 @@ def q(self: Peer, obs: Float[Tensor, "R B S"], action: Float[Tensor, "R B A"],
     net = (self.slow if slow else self.net)["q"]
     return net(both).view(len(obs), 2, -1)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-029
+# %% ../../nbs/evidence/27_peers.ipynb #27-032
 @patch
 def regress(self: Peer, batch: Batch, future: Float[Tensor, "R B"]):
     "One step of both critics towards r + gamma * future."
     target = batch.reward + self.config.gamma * (1 - batch.terminal) * future
     self.learn("q", (self.q(*batch[:2]) - target[:, None]).square().mean())
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-030
+# %% ../../nbs/evidence/27_peers.ipynb #27-033
 @patch
 def learn_critics(self: Peer, batch: Batch):
     "Eq. (27.1)."
@@ -157,13 +165,13 @@ def learn_critics(self: Peer, batch: Batch):
         future = self.q(batch.next_obs, action, slow=True).amin(1) - price
     self.regress(batch, future)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-031
+# %% ../../nbs/evidence/27_peers.ipynb #27-034
 @patch
 def ahead(self: Peer, obs: Float[Tensor, "R B S"]):
     "Actions for the target, and what they cost there."
     return self.draw(obs), 0.0
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-032
+# %% ../../nbs/evidence/27_peers.ipynb #27-035
 @patch
 def update(self: Peer, batch: Batch):
     "Critics at every update; after the warm-up the policy at every k-th."
@@ -173,12 +181,12 @@ def update(self: Peer, batch: Batch):
     if self.updates > c.warmup_steps and self.updates % c.actor_every == 0:
         self.improve(batch)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-033
+# %% ../../nbs/evidence/27_peers.ipynb #27-036
 @patch
 def start(self: Peer):
     "What happens between cloning and the main loop: mostly nothing."
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-034
+# %% ../../nbs/evidence/27_peers.ipynb #27-037
 def train(peer: Peer, data: Transitions,  # who learns, and from what
           pretrain: int = PRETRAIN, steps: int = STEPS,  # updates
           progress: bool = False,         # show a bar
@@ -190,7 +198,7 @@ def train(peer: Peer, data: Transitions,  # who learns, and from what
         (peer.clone if k < pretrain else peer.update)(peer.batch(data))
     return peer
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-036
+# %% ../../nbs/evidence/27_peers.ipynb #27-039
 @patch
 @torch.no_grad()
 def act(self: Peer, obs: Float[Tensor, "R B S"],  # states
@@ -204,7 +212,7 @@ def act(self: Peer, obs: Float[Tensor, "R B S"],  # states
     best = q.argmax(-1)[..., None, None]
     return action.unflatten(1, (-1, num_actions)).take_along_dim(best, 2).squeeze(2)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-038
+# %% ../../nbs/evidence/27_peers.ipynb #27-041
 @patch
 def alone(self: Peer, run: int,             # which
           seed: int,                        # of the draws from now on
@@ -217,19 +225,19 @@ def alone(self: Peer, run: int,             # which
         its.data = mine.data.chunk(len(self.draws))[run].clone()
     return one
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-041
+# %% ../../nbs/evidence/27_peers.ipynb #27-044
 def normal(net: EnsembleMLP, obs: Float[Tensor, "R B S"]) -> Normal:
     "The Gaussian policies of all runs, as `GaussianPolicy`."
     mean, log_std = net(obs).chunk(2, -1)
     return Normal(mean, log_std.clamp(-5, 1).exp(), validate_args=False)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-042
+# %% ../../nbs/evidence/27_peers.ipynb #27-045
 @patch
 def log_prob(self: Peer, name: str, batch: Batch) -> Float[Tensor, "R B"]:
     "Log-likelihood of the data's actions under a Gaussian network."
     return normal(self.net[name], batch.obs).log_prob(batch.action).sum(-1)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-043
+# %% ../../nbs/evidence/27_peers.ipynb #27-046
 class GaussianClone(Peer):
     "Behaviour cloning with a Gaussian; it has no critics."
     def nets(self): return dict(actor=self.mlp(self.S, out=2 * self.A))
@@ -239,7 +247,7 @@ class GaussianClone(Peer):
         d = normal(self.slow["actor"], obs)
         return (d.mean + d.stddev * self.randn(*d.mean.shape[1:])).clamp(-1, 1)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-045
+# %% ../../nbs/evidence/27_peers.ipynb #27-048
 def noise_at(net: NoiseNet,                 # of all runs
              obs: Float[Tensor, "R B S"],   # states
             ) -> Callable:  # (x, n) -> eps, with gradients; n for all, or (R, B)
@@ -251,14 +259,14 @@ def noise_at(net: NoiseNet,                 # of all runs
         return net.mlp.finish(net.mlp.share(0, x), row, state)
     return eps
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-046
+# %% ../../nbs/evidence/27_peers.ipynb #27-049
 @patch
 def noise_net(self: Peer) -> NoiseNet:
     "The diffusion policy of a run, as BDPO's."
     c = self.config
     return NoiseNet(self.S, self.A, c.num_steps, c.actor_hidden, c.time_dim)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-047
+# %% ../../nbs/evidence/27_peers.ipynb #27-050
 @patch
 def walk(self: Peer, net: NoiseNet, obs: Float[Tensor, "R B S"],
         ) -> Float[Tensor, "R B A"]:
@@ -269,7 +277,7 @@ def walk(self: Peer, net: NoiseNet, obs: Float[Tensor, "R B S"],
                                          self.sched, clip=1.0, noise=noise)
     return action
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-048
+# %% ../../nbs/evidence/27_peers.ipynb #27-051
 @patch
 def noised(self: Peer, action: Float[Tensor, "R B A"]) -> tuple:
     "Steps n, noise, and a^n for the data's actions."
@@ -277,14 +285,14 @@ def noised(self: Peer, action: Float[Tensor, "R B A"]) -> tuple:
     eps = self.randn(*action.shape[1:])
     return n, eps, forward_sample(action, n, eps, self.sched)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-049
+# %% ../../nbs/evidence/27_peers.ipynb #27-052
 @patch
 def noise_loss(self: Peer, name: str, batch: Batch) -> Float[Tensor, ""]:
     "Eq. (P9) for all runs."
     n, eps, x = self.noised(batch.action)
     return (noise_at(self.net[name], batch.obs)(x, n) - eps).square().mean()
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-052
+# %% ../../nbs/evidence/27_peers.ipynb #27-055
 class IQL(Peer):
     "Implicit Q-learning with a Gaussian; beside it the clone that IDQL draws from."
     level = 0.7    # of the expectile
@@ -295,14 +303,14 @@ class IQL(Peer):
     def clone(self, batch): self.learn("nu", self.noise_loss("nu", batch))
     def draw(self, obs): return normal(self.slow["actor"], obs).mean.clamp(-1, 1)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-053
+# %% ../../nbs/evidence/27_peers.ipynb #27-056
 @patch
 def gap(self: IQL, batch: Batch) -> Float[Tensor, "R B"]:
     "Q - V of the data's actions, the Delta of Eq. (21.2)."
     low = self.q(*batch[:2], slow=True).amin(1)
     return low - self.net["v"](batch.obs).squeeze(-1)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-054
+# %% ../../nbs/evidence/27_peers.ipynb #27-057
 @patch
 def learn_critics(self: IQL, batch: Batch):
     "V by Eq. (21.2), and Q towards r + gamma V(s')."
@@ -310,7 +318,7 @@ def learn_critics(self: IQL, batch: Batch):
     with torch.no_grad(): future = self.net["v"](batch.next_obs).squeeze(-1)
     self.regress(batch, future)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-055
+# %% ../../nbs/evidence/27_peers.ipynb #27-058
 @patch
 def improve(self: IQL, batch: Batch):
     "Eq. (27.2), and cloning."
@@ -318,12 +326,12 @@ def improve(self: IQL, batch: Batch):
     self.learn("actor", -(weight * self.log_prob("actor", batch)).mean())
     self.clone(batch)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-056
+# %% ../../nbs/evidence/27_peers.ipynb #27-059
 class IDQL(IQL):
     "The same networks, another player: draws of nu, of which `act` takes the best."
     def draw(self, obs): return self.walk(self.slow["nu"], obs)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-059
+# %% ../../nbs/evidence/27_peers.ipynb #27-062
 class TD3BC(Peer):
     "TD3 whose policy, one action per state, stays near the data's actions."
     def nets(self): return super().nets() | dict(actor=self.mlp(self.S, out=self.A))
@@ -333,7 +341,7 @@ class TD3BC(Peer):
         return action, (action - batch.action).square().mean()
     def clone(self, batch): self.learn("actor", self.near(batch)[1])
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-060
+# %% ../../nbs/evidence/27_peers.ipynb #27-063
 @patch
 def ahead(self: TD3BC, obs: Float[Tensor, "R B S"]):
     "The next action, blurred: a peak of Q narrower than the blur earns nothing."
@@ -341,7 +349,7 @@ def ahead(self: TD3BC, obs: Float[Tensor, "R B S"]):
     noise = 0.2 * self.randn(*action.shape[1:])
     return (action + noise.clamp(-0.5, 0.5)).clamp(-1, 1), 0.0
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-061
+# %% ../../nbs/evidence/27_peers.ipynb #27-064
 @patch
 def improve(self: TD3BC, batch: Batch):
     "Eq. (27.3)."
@@ -350,14 +358,14 @@ def improve(self: TD3BC, batch: Batch):
     worth = self.knob * q / q.detach().abs().mean(1, keepdim=True)
     self.learn("actor", near - worth.mean())
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-064
+# %% ../../nbs/evidence/27_peers.ipynb #27-067
 class DQL(Peer):
     "Diffusion-QL: up the slope of Q through all N steps, beside cloning."
     def nets(self): return super().nets() | dict(actor=self.noise_net)
     def clone(self, batch): self.learn("actor", self.noise_loss("actor", batch))
     def draw(self, obs): return self.walk(self.slow["actor"], obs)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-065
+# %% ../../nbs/evidence/27_peers.ipynb #27-068
 @patch
 def improve(self: DQL, batch: Batch):
     "Eq. (27.4)."
@@ -365,7 +373,7 @@ def improve(self: DQL, batch: Batch):
     worth = self.knob * q / q.detach().abs().mean(1, keepdim=True)
     self.learn("actor", self.noise_loss("actor", batch) - worth.mean())
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-068
+# %% ../../nbs/evidence/27_peers.ipynb #27-071
 class DAC(DQL):
     "Diffusion actor-critic: the slope of Q is part of the noise to be predicted."
     def improve(self, batch):
@@ -378,7 +386,7 @@ class DAC(DQL):
         size = (1 - self.sched.alpha_bar[n]).sqrt() / self.knob
         self.learn("actor", (predicted - eps + size[..., None] * slope).square().mean())
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-071
+# %% ../../nbs/evidence/27_peers.ipynb #27-074
 class FQL(Peer):
     "Flow Q-learning: a flow clones, a one-step policy follows it and climbs Q."
     flow_steps = 10
@@ -389,7 +397,7 @@ class FQL(Peer):
     def draw(self, obs):
         return self.slow["actor"](obs, self.randn(obs.shape[1], self.A)).clamp(-1, 1)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-072
+# %% ../../nbs/evidence/27_peers.ipynb #27-075
 @patch
 def clone(self: FQL, batch: Batch):
     "Eq. (27.6): the velocity from noise to action, on the straight line."
@@ -398,7 +406,7 @@ def clone(self: FQL, batch: Batch):
     v = self.net["flow"](batch.obs, (1 - t) * z + t * a, t)
     self.learn("flow", (v - (a - z)).square().mean())
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-073
+# %% ../../nbs/evidence/27_peers.ipynb #27-076
 @patch
 @torch.no_grad()
 def follow(self: FQL, obs: Float[Tensor, "R B S"], x: Float[Tensor, "R B A"],
@@ -411,7 +419,7 @@ def follow(self: FQL, obs: Float[Tensor, "R B S"], x: Float[Tensor, "R B A"],
         x = x + net.finish(state, net.share(1, x), time) / k
     return x.clamp(-1, 1)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-074
+# %% ../../nbs/evidence/27_peers.ipynb #27-077
 @patch
 def improve(self: FQL, batch: Batch):
     "Eq. (27.7)."
@@ -422,7 +430,7 @@ def improve(self: FQL, batch: Batch):
     self.learn("actor", (self.knob * far - q).mean())
     self.clone(batch)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-077
+# %% ../../nbs/evidence/27_peers.ipynb #27-080
 class Priced(Peer):
     "BDPO with another actor: `priced` draws an action and says what it costs."
     def nets(self): return super().nets() | dict(actor=self.policy(), nu=self.policy())
@@ -433,21 +441,24 @@ class Priced(Peer):
     def ahead(self, obs):
         action, price = self.priced(self.slow["actor"], obs)
         return action, self.knob * price
-    def improve(self, batch):
-        "Eq. (27.8)."
-        action, price = self.priced(self.net["actor"], batch.obs)
-        q = self.q(batch.obs, action, slow=True).amin(1)
-        self.learn("actor", (self.knob * price - q).mean())
-        self.clone(batch)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-079
+# %% ../../nbs/evidence/27_peers.ipynb #27-081
+@patch
+def improve(self: Priced, batch: Batch):
+    "Eq. (27.8)."
+    action, price = self.priced(self.net["actor"], batch.obs)
+    q = self.q(batch.obs, action, slow=True).amin(1)
+    self.learn("actor", (self.knob * price - q).mean())
+    self.clone(batch)
+
+# %% ../../nbs/evidence/27_peers.ipynb #27-083
 def gaussian_kl(p: Normal, q: Normal) -> Float[Tensor, "*B"]:
     "KL[p || q] of independent components, summed: Eq. (1.10), nats."
     ratio = (p.stddev / q.stddev).square()
     gap = ((p.mean - q.mean) / q.stddev).square()
     return 0.5 * (ratio + gap - 1 - ratio.log()).sum(-1)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-081
+# %% ../../nbs/evidence/27_peers.ipynb #27-085
 class GaussianBDPO(Priced):
     "A Gaussian actor that pays for its KL to a Gaussian clone."
     def policy(self): return self.mlp(self.S, out=2 * self.A)
@@ -457,23 +468,26 @@ class GaussianBDPO(Priced):
         action = d.mean + d.stddev * self.randn(*d.mean.shape[1:])
         return action.clamp(-1, 1), gaussian_kl(d, nu)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-083
+# %% ../../nbs/evidence/27_peers.ipynb #27-087
 class PointBDPO(Priced):
     "One action per state; it pays for its squared distance to a cloned one."
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.register_buffer("var", torch.ones(len(self.draws), 1, self.A))
     def policy(self): return self.mlp(self.S, out=self.A)
-    def clone(self, batch):
-        error = self.net["nu"](batch.obs).tanh() - batch.action
-        square = error.square()
-        self.var = self.var.lerp(square.detach().mean(1, keepdim=True), 0.01)
-        self.learn("nu", square.mean())
     def priced(self, net, obs):
         action, nu = net(obs).tanh(), self.slow["nu"](obs).tanh()
         return action, ((action - nu).square() / (2 * self.var)).sum(-1)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-091
+# %% ../../nbs/evidence/27_peers.ipynb #27-088
+@patch
+def clone(self: PointBDPO, batch: Batch):
+    "By squared errors, whose running mean is the variance."
+    square = (self.net["nu"](batch.obs).tanh() - batch.action).square()
+    self.var = self.var.lerp(square.detach().mean(1, keepdim=True), 0.01)
+    self.learn("nu", square.mean())
+
+# %% ../../nbs/evidence/27_peers.ipynb #27-096
 @dataclass(frozen=True)
 class Method:
     "What is trained, what is tried beforehand on another seed, and who then plays."
@@ -482,7 +496,7 @@ class Method:
     plays: Sequence[tuple]         # label, class (None: the same), actions per decision
     config: BDPOConfig = PEER
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-092
+# %% ../../nbs/evidence/27_peers.ipynb #27-097
 def _one(label): return ((label, None, 1),)
 def _two(label): return (*_one(label), (f"{label}, best of 10", None, 10))
 
@@ -497,11 +511,11 @@ METHODS = {
     "BDPO, Gaussian": Method(GaussianBDPO, (HAND.eta,), _two("BDPO, Gaussian"), HAND),
     "BDPO, point": Method(PointBDPO, (HAND.eta,), _one("BDPO, point"), HAND)}
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-094
+# %% ../../nbs/evidence/27_peers.ipynb #27-099
 SETS = dict(maze=(MAZE_ID, MAZE_ENV_ID), halfcheetah=(CHEETAH_ID, CHEETAH_ENV_ID),
             pendulum=(PENDULUM_ID, PENDULUM_ENV_ID))
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-095
+# %% ../../nbs/evidence/27_peers.ipynb #27-100
 @dataclass(frozen=True)
 class World:
     "A data set as learners see it, and where they are judged."
@@ -510,7 +524,7 @@ class World:
     make_env: Callable
     refs: tuple | None     # returns that count as 0 and 100; None: there is no scale
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-096
+# %% ../../nbs/evidence/27_peers.ipynb #27-101
 def open_set(name: str) -> World:
     "One of `SETS`, as `bdpo train --reward spread --train.normalize-obs` has it."
     source, env = SETS[name]
@@ -520,22 +534,21 @@ def open_set(name: str) -> World:
     scaled = scaling.apply(replace(data, reward=data.reward * unit))
     return World(scaled, scaling, env_maker(env), None if None in refs else refs)
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-098
+# %% ../../nbs/evidence/27_peers.ipynb #27-103
 def player(peer: Peer, run: int, world: World,  # which of its runs, and where
            num_actions: int = 1,                # candidates per decision
-           seed: int = 1000,                    # of its draws
-           kind: type | None = None,            # as `Peer.alone`
+           seed: int = 1000, kind: type | None = None,  # as `Peer.alone`
           ) -> Callable:                        # as `evaluate` takes it
     "A run as a policy: (n, S) array to (n, A) array, in the environment's units."
     one = peer.alone(run, seed, kind)
     @torch.no_grad()
     def play(obs):
-        s = world.scaling.obs(torch.as_tensor(obs))[None]
-        return world.scaling.env_action(one.act(s, num_actions))[0].numpy()
+        action = one.act(world.scaling.obs(torch.as_tensor(obs))[None], num_actions)
+        return world.scaling.env_action(action)[0].numpy()
     play.num_actions = num_actions
     return play
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-099
+# %% ../../nbs/evidence/27_peers.ipynb #27-104
 def judge(policy: Callable, world: World, episodes: int = 20, seed: int = 1000) -> dict:
     "Mean and 95 % interval over episodes, as a scoreboard has them."
     played = evaluate(policy, world.make_env, episodes, seed)
@@ -547,7 +560,7 @@ def judge(policy: Callable, world: World, episodes: int = 20, seed: int = 1000) 
                 num_actions=policy.num_actions, who="last",
                 unit="score" if world.refs else "return")
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-101
+# %% ../../nbs/evidence/27_peers.ipynb #27-106
 def tune(method: Method, world: World, pretrain: int = PRETRAIN // 3,
          steps: int = STEPS // 3) -> list[dict]:
     "Every value of the knob in a short run with seed 100; rows, the best first."
@@ -561,14 +574,13 @@ def tune(method: Method, world: World, pretrain: int = PRETRAIN // 3,
             for k, value in enumerate(method.values)]
     return sorted(rows, key=lambda r: -r["mean"])
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-102
+# %% ../../nbs/evidence/27_peers.ipynb #27-107
 def five_runs(method: Method, world: World, knob: float,
               seeds: Sequence[int] = range(5), pretrain: int = PRETRAIN,
               steps: int = STEPS) -> list[dict]:
     "Train the seeds side by side, and judge everybody who plays: rows."
-    start = time.process_time()
-    peer = method.kind(world.data.obs_dim, world.data.action_dim, seeds, knob,
-                       method.config)
+    start, sizes = time.process_time(), (world.data.obs_dim, world.data.action_dim)
+    peer = method.kind(*sizes, seeds, knob, method.config)
     train(peer, world.data, pretrain, steps)
     seconds = (time.process_time() - start) / len(seeds)
     return [judge(player(peer, k, world, M, kind=kind), world)
@@ -576,7 +588,7 @@ def five_runs(method: Method, world: World, knob: float,
                    seconds=round(seconds, 1), note=f"knob {knob:g}")
             for label, kind, M in method.plays for k, seed in enumerate(seeds)]
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-104
+# %% ../../nbs/evidence/27_peers.ipynb #27-109
 def write_rows(path: Path, rows: Sequence[dict]):
     "As a table with the columns of a sweep."
     table = csv.DictWriter(text := io.StringIO(), COLUMNS, extrasaction="ignore")
@@ -585,7 +597,7 @@ def write_rows(path: Path, rows: Sequence[dict]):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text.getvalue().encode())
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-105
+# %% ../../nbs/evidence/27_peers.ipynb #27-110
 def compare_one(name: str, label: str) -> list[dict]:
     "All rows of a method on a set."
     method, world = METHODS[label], open_set(name)
@@ -598,19 +610,16 @@ def compare_one(name: str, label: str) -> list[dict]:
     rows += [dict(experiment="tuning", variant=label, name=label) | r for r in tried]
     return [shared | r for r in rows]
 
-# %% ../../nbs/evidence/27_peers.ipynb #27-106
+# %% ../../nbs/evidence/27_peers.ipynb #27-111
 def compare_peers(out: str | Path = "runs/peers",  # a file for each set and method
-                  sets: Sequence[str] = tuple(SETS),        # which
-                  methods: Sequence[str] = tuple(METHODS),  # which
-                 ) -> list[dict]:                  # as `read_results` reads them
-    "What is not there yet, one after the other; all rows. 40 CPU minutes for all."
-    torch.set_num_threads(1)
-    keep_memory()
+                  sets: Sequence[str] = tuple(SETS),
+                  methods: Sequence[str] = tuple(METHODS)) -> list[dict]:
+    "What is not there yet, one after the other; all rows. 45 CPU minutes for all."
+    torch.set_num_threads(1); keep_memory()
     out, found = Path(out), []
-    for name in sets:
-        for label in methods:
-            path = out / f"{name}-{label}.csv"
-            if not path.exists(): write_rows(path, compare_one(name, label))
-            found += read_results(path)
+    for name, label in itertools.product(sets, methods):
+        path = out / f"{name}-{label}.csv"
+        if not path.exists(): write_rows(path, compare_one(name, label))
+        found += read_results(path)
     write_rows(out / "results.csv", found)
     return found
