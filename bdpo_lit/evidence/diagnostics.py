@@ -124,9 +124,8 @@ def value_curve(agent: BDPO,                # trained
     "`value_error` along the policy's own walks."
     N = agent.config.num_steps
     at = sorted({round(n) for n in np.linspace(1, N, min(N, 8))})
-    walk = descend(agent, obs, _starts(agent, obs, num_points, generator), N,
-                   generator=generator)
-    met = {n: x for n, x, *_ in walk}
+    x = _starts(agent, obs, num_points, generator)
+    met = {n: x for n, x, *_ in descend(agent, obs, x, N, generator=generator)}
     return [value_error(agent, obs, met[n], n, num_walks, generator) for n in at]
 
 # %% ../../nbs/evidence/29_diagnostics.ipynb #29d1a02a
@@ -254,7 +253,8 @@ def account(agent: BDPO,         # trained
            ) -> tuple[dict, dict]:   # of Q, in units of reward; of actions
     "Q and surprise at actions of the data, of nu and of pi, and what bounds them."
     rows = torch.randint(len(data), (num,), generator=generator, device=data.obs.device)
-    obs, own = data.obs[rows], partial(_drawn, agent, data.obs[rows], generator=generator)
+    obs = data.obs[rows]
+    own = partial(_drawn, agent, obs, generator=generator)
     action = dict(data=data.action[rows], nu=own("behavior"), pi=own("actor"))
     back = torch.as_tensor(returns_to_go(data, agent.config.gamma))[rows.cpu()]
     bounds = attainable(data, agent.config.gamma)
@@ -268,8 +268,8 @@ def account(agent: BDPO,         # trained
 # %% ../../nbs/evidence/29_diagnostics.ipynb #29d1a04c
 def _support(agent, obs, action):
     "Of the actions alone: surprise, shares outside the data and at the bounds."
-    found = {k: surprise(agent, obs, a, generator=torch.Generator(a.device).manual_seed(0))
-             for k, a in action.items()}
+    seeded = lambda: torch.Generator(obs.device).manual_seed(0)    # the same noise
+    found = {k: surprise(agent, obs, a, generator=seeded()) for k, a in action.items()}
     edge = found["data"].quantile(0.99)
     return dict(surprise={k: float(x.mean()) for k, x in found.items()},
                 outside={k: float((x > edge).float().mean()) for k, x in found.items()},
@@ -289,8 +289,8 @@ def _setting(agent):
 def _left(found):
     "Means over states, and standard errors of what is in nats."
     mean = {k: float(x.mean()) for k, x in found.items()}
-    se = {f"{k}_se": float(found[k].std()) / len(found[k])**0.5 for k in ("nats", "off")}
-    return mean | se
+    error = lambda x: float(x.std()) / len(x)**0.5
+    return mean | {f"{k}_se": error(found[k]) for k in ("nats", "off")}
 
 # %% ../../nbs/evidence/29_diagnostics.ipynb #29d1a051
 def diagnose(agent: BDPO,            # trained

@@ -59,8 +59,7 @@ def side_by_side(make: Callable[[], nn.Module],  # builds the network of one run
     nets = []
     for seed in seeds:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            nets.append(make())
+            torch.manual_seed(seed); nets.append(make())
     for params in zip(*(net.parameters() for net in nets)):
         params[0].data = torch.cat(params)
     return nets[0]
@@ -134,7 +133,7 @@ def learn(self: Peer, name: str,         # of the network
     net, R = self.net[name], len(self.draws)
     params = list(net.parameters())
     grads = [g.reshape(R, -1) for g in torch.autograd.grad(R * loss, params)]
-    norm = torch.cat(grads, 1).norm().expand(R, 1)
+    norm = torch.cat(grads, 1).norm(dim=1, keepdim=True)
     scale = (self.config.clip_grad_norm / norm.clamp(min=1e-9)).clamp(max=1)
     for p, g in zip(params, grads): p.grad = (scale * g).view_as(p)
     self.adam[name].step()
