@@ -755,6 +755,7 @@ def load_state_dict(self: BDPO, state: dict):
     self.updates = state["updates"]
     self.generator.set_state(state["generator"].cpu())
     self.set_scaling(**state["scaling"])
-    if self.config.eta == "auto": self.price = torch.tensor(state["price"], dtype=torch.float64)
+    if self.config.eta == "auto":
+        self.price = torch.tensor(state["price"], dtype=torch.float64)
     for name in ("behavior", "actor", "q", "v"):
         getattr(self, name).load_state_dict(state[name])
