@@ -619,9 +619,10 @@ def eta(self: BDPO) -> float | Float[Tensor, ""]:
 @patch
 def settle(self: BDPO, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     "eta='auto': move the price after an update, Eqs. (6.9) and (6.10); report it."
-    c, price = self.config, float(self.price)
+    c = self.config
     if c.eta != "auto": return metrics
     budget, spread = c.nats_per_dim * self.action_dim, metrics.pop("q/spread").item()
+    price = float(self.price)
     if self.actor.updates == 0: price = first_price(spread, budget)
     elif self.actor_due():
         price = next_price(price, metrics["q/penalty"].item(), budget)
