@@ -21,7 +21,7 @@ from bdpo_lit.theory.diffusion import posterior_mean, x0_from_eps
 from bdpo_lit.theory.path_kl import step_kl_from_means
 
 S, A, B = 4, 2, 12
-CONFIG = replace(choices.HAND_SIZE, actor_hidden=(8,), critic_hidden=(8,), time_dim=4, num_samples=3, warmup_steps=0,
+CONFIG = replace(choices.HAND, actor_hidden=(8,), critic_hidden=(8,), time_dim=4, num_samples=3, warmup_steps=0,
                  actor_every=1)
 
 
@@ -280,7 +280,7 @@ class Coast(gym.Env):
 
 def test_from_the_start_to_the_table(raw, tmp_path, monkeypatch):
     "Two variants, candidates and noise, at the smallest size; what is there is not made again."
-    monkeypatch.setattr(choices, "HAND_SIZE", CONFIG)
+    monkeypatch.setattr(choices, "HAND", CONFIG)
     monkeypatch.setattr(choices, "PRETRAIN", 2)
     make_env = lambda: gym.wrappers.TimeLimit(Coast(), 5)
     for variant, stops in (("base", (2,)), ("chain", (1, 2))):

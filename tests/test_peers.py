@@ -25,9 +25,8 @@ from bdpo_lit.evidence.peers import (
     noise_at,
     player,
     train,
-    write_rows,
 )
-from bdpo_lit.evidence.sweep import read_results
+from bdpo_lit.evidence.sweep import read_results, write_results
 from bdpo_lit.offline.data import Scaling, Transitions
 from bdpo_lit.reference.style import RESULTS
 
@@ -228,7 +227,7 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
 
 def test_rows_are_written_whole(tmp_path):
     rows = [dict(set="maze", seed=1, mean=0.1 + 0.2, note="knob 3", knob=3.0)]
-    write_rows(tmp_path / "new" / "x.csv", rows)
+    write_results(tmp_path / "new" / "x.csv", rows)
     read, = read_results(tmp_path / "new" / "x.csv")
     assert read["mean"] == 0.1 + 0.2 and read["note"] == "knob 3" and "knob" not in read
 

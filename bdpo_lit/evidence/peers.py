@@ -5,13 +5,11 @@
 # %% auto #0
 __all__ = ['HAND', 'PEER', 'PRETRAIN', 'STEPS', 'BATCH', 'METHODS', 'SETS', 'side_by_side', 'Peer', 'train', 'normal',
            'GaussianClone', 'noise_at', 'IQL', 'IDQL', 'TD3BC', 'DQL', 'DAC', 'FQL', 'Priced', 'gaussian_kl',
-           'GaussianBDPO', 'PointBDPO', 'Method', 'World', 'open_set', 'player', 'judge', 'tune', 'five_runs',
-           'write_rows', 'compare_one', 'compare_peers']
+           'GaussianBDPO', 'PointBDPO', 'Method', 'World', 'scale_of', 'open_set', 'player', 'judge', 'tune',
+           'five_runs', 'compare_one', 'compare_peers']
 
 # %% ../../nbs/evidence/27_peers.ipynb #27-004
 import copy
-import csv
-import io
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +31,7 @@ from ..algorithm.networks import EnsembleMLP, NoiseNet, ema_update
 from ..algorithm.speed import keep_memory
 from .ablations import PENDULUM_ENV_ID, PENDULUM_ID, SWING_UP
 from .cheetah import CHEETAH_ENV_ID, CHEETAH_ID, expectile_loss
-from .sweep import COLUMNS, read_results
+from .sweep import read_results, write_results
 
 # %% ../../nbs/evidence/27_peers.ipynb #27-007
 from ..offline.data import Scaling, Transitions, load
@@ -41,14 +39,14 @@ from ..offline.evaluation import bootstrap_interval, evaluate, normalized_score
 from ..offline.maze import MAZE_ENV_ID, MAZE_ID
 from ..offline.own_data import reward_unit
 from ..offline.tasks import env_maker
-from ..offline.training import write_whole
 from ..theory.diffusion import forward_sample, reverse_path, vp_schedule
 from ..reference.style import provenance
 
 # %% ../../nbs/evidence/27_peers.ipynb #27-016
-HAND = SWING_UP.algorithm               # BDPO's settings for this comparison
+HAND, _PLAN = SWING_UP.algorithm, SWING_UP.train    # BDPO's settings for this comparison
 PEER = replace(HAND, actor_lr=1e-3)     # of those whose policy does not begin as nu
-PRETRAIN, STEPS, BATCH = 3000, 6000, 128   # updates of clones, of all; transitions
+# updates of clones, and of everything; transitions
+PRETRAIN, STEPS, BATCH = _PLAN.pretrain_steps, _PLAN.train_steps, _PLAN.batch_size
 
 # %% ../../nbs/evidence/27_peers.ipynb #27-019
 @torch.no_grad()
@@ -523,15 +521,20 @@ class World:
     make_env: Callable
     refs: tuple | None     # returns that count as 0 and 100; None: there is no scale
 
+# %% ../../nbs/evidence/27_peers.ipynb #510653cd
+def scale_of(data: Transitions) -> tuple[float, float] | None:
+    "Returns that count as 0 and 100; None: the set has none."
+    found = tuple(data.meta.get(k) for k in ("ref_min_score", "ref_max_score"))
+    return None if None in found else found
+
 # %% ../../nbs/evidence/27_peers.ipynb #27-101
 def open_set(name: str) -> World:
     "One of `SETS`, as `bdpo train --reward spread --train.normalize-obs` has it."
     source, env = SETS[name]
-    data, refs = load(source), ("ref_min_score", "ref_max_score")
+    data = load(source)
     scaling, unit = Scaling.fit(data), reward_unit(data, HAND.gamma)
-    refs = tuple(data.meta.get(k) for k in refs)
     scaled = scaling.apply(replace(data, reward=data.reward * unit))
-    return World(scaled, scaling, env_maker(env), None if None in refs else refs)
+    return World(scaled, scaling, env_maker(env), scale_of(data))
 
 # %% ../../nbs/evidence/27_peers.ipynb #27-103
 def player(peer: Peer, run: int, world: World,  # which of its runs, and where
@@ -548,16 +551,19 @@ def player(peer: Peer, run: int, world: World,  # which of its runs, and where
     return play
 
 # %% ../../nbs/evidence/27_peers.ipynb #27-104
-def judge(policy: Callable, world: World, episodes: int = 20, seed: int = 1000) -> dict:
+def judge(policy: Callable,               # as `evaluate` takes it
+          make_env: Callable, refs: tuple | None,    # as a `World` has them
+          episodes: int = 20, seed: int = 1000,      # as `evaluate`
+         ) -> dict:                       # part of a row
     "Mean and 95 % interval over episodes, as a scoreboard has them."
-    played = evaluate(policy, world.make_env, episodes, seed)
+    played = evaluate(policy, make_env, episodes, seed)
     x = played.returns
-    if world.refs: x = normalized_score(x, *world.refs)
+    if refs: x = normalized_score(x, *refs)
     low, high = bootstrap_interval(x)
     return dict(mean=float(x.mean()), low=low, high=high, success=played.success_rate
                 if played.success is not None else None, episodes=episodes,
                 num_actions=policy.num_actions, who="last",
-                unit="score" if world.refs else "return")
+                unit="score" if refs else "return")
 
 # %% ../../nbs/evidence/27_peers.ipynb #27-106
 def tune(method: Method, world: World, pretrain: int = PRETRAIN // 3,
@@ -568,7 +574,7 @@ def tune(method: Method, world: World, pretrain: int = PRETRAIN // 3,
     peer = method.kind(world.data.obs_dim, world.data.action_dim,
                        [100] * len(method.values), method.values, config)
     train(peer, world.data, pretrain, steps)
-    rows = [judge(player(peer, k, world, seed=100), world, 10, seed=100)
+    rows = [judge(player(peer, k, world, seed=100), world.make_env, world.refs, 10, 100)
             | dict(seed=100, step=steps, knob=value, note=f"knob {value:g}")
             for k, value in enumerate(method.values)]
     return sorted(rows, key=lambda r: -r["mean"])
@@ -582,19 +588,10 @@ def five_runs(method: Method, world: World, knob: float,
     peer = method.kind(*sizes, seeds, knob, method.config)
     train(peer, world.data, pretrain, steps)
     seconds = (time.process_time() - start) / len(seeds)
-    return [judge(player(peer, k, world, M, kind=kind), world)
+    return [judge(player(peer, k, world, M, kind=kind), world.make_env, world.refs)
             | dict(variant=label, name=label, seed=seed, step=steps,
                    seconds=round(seconds, 1), note=f"knob {knob:g}")
             for label, kind, M in method.plays for k, seed in enumerate(seeds)]
-
-# %% ../../nbs/evidence/27_peers.ipynb #27-109
-def write_rows(path: Path, rows: Sequence[dict]):
-    "As a table with the columns of a sweep."
-    table = csv.DictWriter(text := io.StringIO(), COLUMNS, extrasaction="ignore")
-    table.writeheader()
-    table.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text.getvalue().encode())
 
 # %% ../../nbs/evidence/27_peers.ipynb #27-110
 def compare_one(name: str, label: str) -> list[dict]:
@@ -618,7 +615,7 @@ def compare_peers(out: str | Path = "runs/peers",  # a file for each set and met
     out, found = Path(out), []
     for name, label in itertools.product(sets, methods):
         path = out / f"{name}-{label}.csv"
-        if not path.exists(): write_rows(path, compare_one(name, label))
+        if not path.exists(): write_results(path, compare_one(name, label))
         found += read_results(path)
-    write_rows(out / "results.csv", found)
+    write_results(out / "results.csv", found)
     return found

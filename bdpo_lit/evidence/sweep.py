@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'COLUMNS', 'Experiment', 'Cell', 'cells', 'read_experiment', 'status', 'cores', 'run_local', 'Killed',
-           'run_ray', 'collect', 'read_results', 'sweep', 'summary', 'overall', 'report', 'draw_sweep']
+           'run_ray', 'write_results', 'collect', 'read_results', 'sweep', 'summary', 'overall', 'report', 'draw_sweep']
 
 # %% ../../nbs/evidence/25_sweep.ipynb #6e27c880
 import csv
@@ -374,6 +374,15 @@ def _rows(cell: Cell, experiment: str) -> list[dict]:
     told = ran[-1] | from_board | told | dict(note="; ".join(board["warnings"]))
     return [told | row for row in board["rows"]]
 
+# %% ../../nbs/evidence/25_sweep.ipynb #dc982524
+def write_results(path: str | Path, rows: Iterable[dict]):
+    "A table of `COLUMNS`, whole or not at all; other entries are left out."
+    table = csv.DictWriter(text := io.StringIO(), COLUMNS, extrasaction="ignore")
+    table.writeheader()
+    table.writerows(rows)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(Path(path), text.getvalue().encode())
+
 # %% ../../nbs/evidence/25_sweep.ipynb #5d0eec5a
 def collect(x: Experiment,              # what was to be run
             out: str | Path = "runs",   # where
@@ -381,11 +390,7 @@ def collect(x: Experiment,              # what was to be run
     """Write OUT/EXPERIMENT/results.csv from what is there, whole or not at all. Raises
     `RunError`."""
     path = Path(out) / x.name / "results.csv"
-    table = csv.DictWriter(text := io.StringIO(), COLUMNS, extrasaction="ignore")
-    table.writeheader()
-    for cell in cells(x, out): table.writerows(_rows(cell, x.name))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text.getvalue().encode())
+    write_results(path, (r for cell in cells(x, out) for r in _rows(cell, x.name)))
     return read_results(path)
 
 # %% ../../nbs/evidence/25_sweep.ipynb #bb7a811a
