@@ -3,15 +3,17 @@
     git worktree add ../before COMMIT
     python bench/before_after.py --before ../before --commit COMMIT
 
-The plain agent is the same in both and is what all times are divided by. `floor` is the time of the matrix products
-alone (`products` of chapter 12), `peak` the fastest product and the fastest copy of one core.
+With `--jax PYTHON --flowrl CLONE` (as `make bench` has them: .venv-jax/bin/python) the official JAX code takes part
+at all sizes but the planes'. The plain agent is the same in both and is what all times are divided by. `floor` is the
+time of the matrix products alone (`products` of chapter 12), `peak` the fastest product and the fastest copy of one
+core.
 """
 import argparse
 import json
 from contextlib import ExitStack
 from pathlib import Path
 
-from bdpo_lit.evidence.benchmark import interleave, machine, ratios, torch_worker
+from bdpo_lit.evidence.benchmark import interleave, jax_worker, machine, ratios, torch_worker
 from bdpo_lit.reference.style import provenance
 
 HERE = Path(__file__).resolve().parents[1]
@@ -21,8 +23,8 @@ WAYS = dict(less=dict(kind="less"), kept=dict(kind="less", memory=True), fast=di
             whole=dict(kind="whole", memory=True))    # not in every checkout, and for small networks only
 
 
-def measure(name, before, rounds, ways):
-    "All ways of one size, of both checkouts, beside the plain one."
+def measure(name, before, rounds, ways, jax):
+    "All ways of one size, of both checkouts, beside the plain one and the JAX code (its command; or None)."
     many = 20 if name == "small" else 1
     ops = dict(pretrain=max(10, many), critic=many, actor=many)
     at = lambda path: dict(PYTHONPATH=str(path), PYTHONSAFEPATH="1")
@@ -32,6 +34,9 @@ def measure(name, before, rounds, ways):
         for way in ways:
             if way != "whole": everyone[f"before {way}"] = start(before, **WAYS[way])
             everyone[way] = start(HERE, **WAYS[way])
+        if jax and name != "planes":
+            sizes = [x for k, v in SIZES[name].items() if k != "size" for x in (f"--{k}", str(v))]
+            everyone["jax bdpo"] = stack.enter_context(jax_worker(jax, "bdpo", 1, "--preset", "locomotion", *sizes))
         answers = interleave(everyone, ops, rounds)
         floors = interleave(dict(kept=everyone["kept"]), {f"{op}_products": many for op in ops}, rounds)["kept"]
         for op in ops: answers.setdefault("floor", {})[op] = floors[f"{op}_products"]
@@ -47,12 +52,16 @@ p.add_argument("--commit", required=True, help="its commit, for the record")
 p.add_argument("--out", default="runs/before_after.json", help="(chapter 12: bdpo_lit/results/speed_steps.json)")
 p.add_argument("--rounds", type=int, default=7)
 p.add_argument("--sizes", nargs="*", default=SIZES, choices=SIZES)
+p.add_argument("--jax", help="Python of the JAX code's environment")
+p.add_argument("--flowrl", help="clone of flow-rl")
 p.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS)
 a = p.parse_args()
 out = Path(a.out)
+jax = [a.jax, str(HERE / "bench" / "jax_peer.py"), "--flowrl", a.flowrl] if a.jax else None
 found = json.loads(out.read_text()) if out.exists() else {}
 for name in a.sizes:
-    found[name] = measure(name, a.before, a.rounds, [w for w in a.ways if w != "whole" or name == "small"])
+    found[name] = measure(name, a.before, a.rounds, [w for w in a.ways if w != "whole" or name == "small"],
+                          jax)
     found.setdefault("provenance", {})[name] = provenance() | machine("cpu") | dict(threads=1, before=a.commit)
     out.write_text(json.dumps(found, indent=1))
     for way, ops in found[name]["ratio"].items():

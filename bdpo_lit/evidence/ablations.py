@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PENDULUM_ID', 'PENDULUM_ENV_ID', 'SWING_UP', 'swing_up', 'collect_pendulum', 'against']
 
-# %% ../../nbs/evidence/26_ablations.ipynb #58ab1632
+# %% ../../nbs/evidence/26_ablations.ipynb #a5aa78a4
 import warnings
 from collections.abc import Iterable
 import gymnasium as gym
@@ -16,18 +16,18 @@ from minari.data_collector import EpisodeBuffer
 from scipy import stats
 from tqdm.auto import tqdm
 
-# %% ../../nbs/evidence/26_ablations.ipynb #1a353c70
+# %% ../../nbs/evidence/26_ablations.ipynb #8c519cb0
 from ..algorithm.bdpo import BDPOConfig
 from ..offline.data import DataError
 from ..offline.maze import find_or_make, permalink
 from ..offline.tasks import Task
 from ..offline.training import TrainConfig
 
-# %% ../../nbs/evidence/26_ablations.ipynb #3376543a
+# %% ../../nbs/evidence/26_ablations.ipynb #ba366df4
 PENDULUM_ID = "bdpo/pendulum-swingup-v0"   # of the data set
 PENDULUM_ENV_ID = "Pendulum-v1"            # of the environment: 200 steps, |a| <= 2
 
-# %% ../../nbs/evidence/26_ablations.ipynb #c69bc6ea
+# %% ../../nbs/evidence/26_ablations.ipynb #f994a05c
 def swing_up(obs: Float[np.ndarray, "3"],  # cosine, sine, speed
              pump: float,                  # torque while there is too little energy
              kp: float, kd: float,         # gains near the top
@@ -38,7 +38,7 @@ def swing_up(obs: Float[np.ndarray, "3"],  # cosine, sine, speed
     if 0.5 * speed * speed + 15 * (cos - 1) < 0: return 2 * pump * np.sign(speed + 1e-9)
     return -0.5 * speed
 
-# %% ../../nbs/evidence/26_ablations.ipynb #6fbe5aac
+# %% ../../nbs/evidence/26_ablations.ipynb #9aff09f7
 def _episode(env: gym.Env, rng: np.random.Generator, seed: int) -> EpisodeBuffer:
     "One episode of a script with gains of its own."
     pump, kp, kd, noise = (rng.uniform(*b) for b in ((0.3, 1.5), (4, 14), (0.5, 3),
@@ -56,7 +56,7 @@ def _episode(env: gym.Env, rng: np.random.Generator, seed: int) -> EpisodeBuffer
                          truncations=last,
                          terminations=np.zeros(len(last), bool))
 
-# %% ../../nbs/evidence/26_ablations.ipynb #cce179fe
+# %% ../../nbs/evidence/26_ablations.ipynb #1fadc501
 def collect_pendulum(num_steps: int = 20_000,  # transitions; whole episodes of 200
                      seed: int = 0,            # same seed, same data
                      dataset_id: str = PENDULUM_ID,  # Minari's id, ends in -vN
@@ -72,7 +72,7 @@ def collect_pendulum(num_steps: int = 20_000,  # transitions; whole episodes of 
         _write(dataset_id, [_episode(env, rng, 1000 * seed + k) for k in bar], recipe)
     return find_or_make(dataset_id, recipe, make)
 
-# %% ../../nbs/evidence/26_ablations.ipynb #23c3af10
+# %% ../../nbs/evidence/26_ablations.ipynb #26697328
 def _write(dataset_id: str, episodes: list[EpisodeBuffer], recipe: dict):
     "Store the episodes as a Minari data set under its current root."
     env = gym.make(PENDULUM_ENV_ID)
@@ -86,7 +86,7 @@ def _write(dataset_id: str, episodes: list[EpisodeBuffer], recipe: dict):
             description="Pendulum-v1 swung up by noisy scripts of uneven quality.")
         dataset.storage.update_metadata({"recipe": recipe})
 
-# %% ../../nbs/evidence/26_ablations.ipynb #dffd9b92
+# %% ../../nbs/evidence/26_ablations.ipynb #1a9251f9
 SWING_UP = Task(
     TrainConfig(pretrain_steps=3000, train_steps=6000, batch_size=128, log_every=250,
                 eval_every=1000, eval_episodes=5, save_every=2000, normalize_obs=True),
@@ -97,7 +97,7 @@ SWING_UP = Task(
                actor_every=2, warmup_steps=750),
     "spread", PENDULUM_ENV_ID, PENDULUM_ID)
 
-# %% ../../nbs/evidence/26_ablations.ipynb #218a12fd
+# %% ../../nbs/evidence/26_ablations.ipynb #98f81dbd
 def against(rows: Iterable[dict],           # as `read_results` returns them
             base: str = "base",             # variant to compare with
             who: str = "last",              # as `summary`
@@ -113,7 +113,7 @@ def against(rows: Iterable[dict],           # as `read_results` returns them
     return [dict(set=s, variant=v, seeds=len(x)) | _student(x)
             for (s, v), x in gains.items() if len(x) > 1]
 
-# %% ../../nbs/evidence/26_ablations.ipynb #bf17a4da
+# %% ../../nbs/evidence/26_ablations.ipynb #1f685316
 def _student(x: list[float]) -> dict[str, float]:
     "The mean of a few numbers, and its 95 % interval."
     x = np.asarray(x)

@@ -8,6 +8,7 @@ __all__ = ['EXPERIMENTS', 'COLUMNS', 'Experiment', 'Cell', 'cells', 'read_experi
 
 # %% ../../nbs/evidence/25_sweep.ipynb #6e27c880
 import csv
+import ctypes
 import difflib
 import importlib
 import io
@@ -217,6 +218,11 @@ def status(cell: Cell) -> tuple[str, str]:
     stopped = ends[-1][0] in (130, 143, -signal.SIGTERM) or "interrupted" in said
     return "unfinished" if stopped else "failed", said
 
+# %% ../../nbs/evidence/25_sweep.ipynb #92ef0c15
+def _end_with_parent():
+    "From now on this process is killed when the one that started it ends; Linux."
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)   # PR_SET_PDEATHSIG
+
 # %% ../../nbs/evidence/25_sweep.ipynb #84e50320
 def _start(cell: Cell, cwd: str | None = None) -> subprocess.Popen:
     "Begin a run, or go on with it; it speaks to its log. Raises `RunError`."
@@ -224,6 +230,7 @@ def _start(cell: Cell, cwd: str | None = None) -> subprocess.Popen:
     env = os.environ | dict(OMP_NUM_THREADS=str(cell.options["threads"]),
                             TQDM_MININTERVAL="10")    # bars in a log are seldom read
     how = dict(stdin=subprocess.DEVNULL, env=env, cwd=cwd, start_new_session=True)
+    if sys.platform == "linux": how |= dict(preexec_fn=_end_with_parent)
     try:
         cell.log.parent.mkdir(parents=True, exist_ok=True)
         with open(cell.log, "ab") as log:
@@ -283,7 +290,8 @@ class Killed(RuntimeError):
 def _run_cell(cell: Cell, cwd: str) -> int:
     "One run, to its end; its exit status. Raises `Killed`."
     began, process = time.time(), _start(cell, cwd)
-    try: process.wait()
+    try:
+        while process.poll() is None: time.sleep(0.2)    # Ray interrupts no `wait`
     finally:    # also when Ray cancels the task
         process.terminate()
         _note_end(cell, process.wait(), began)
