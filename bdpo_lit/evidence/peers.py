@@ -43,7 +43,7 @@ from ..theory.diffusion import forward_sample, reverse_path, vp_schedule
 from ..reference.style import provenance
 
 # %% ../../nbs/evidence/27_peers.ipynb #27-016
-HAND, _PLAN = SWING_UP.algorithm, SWING_UP.train    # BDPO's settings for this comparison
+HAND, _PLAN = SWING_UP.algorithm, SWING_UP.train    # BDPO's settings here
 PEER = replace(HAND, actor_lr=1e-3)     # of those whose policy does not begin as nu
 # updates of clones, and of everything; transitions
 PRETRAIN, STEPS, BATCH = _PLAN.pretrain_steps, _PLAN.train_steps, _PLAN.batch_size
