@@ -16,9 +16,11 @@ from bdpo_lit.algorithm.speed import (
     PlainBDPO,
     Recorded,
     accelerate,
+    compile_losses,
     compiler_trouble,
     fused_activate,
     gradients,
+    halve_products,
     keep_memory,
     prepare_for_recording,
     products,
@@ -127,8 +129,10 @@ def test_without_a_compiler_the_agent_stays_eager_and_says_so(monkeypatch):
     monkeypatch.setattr(speed, "_compiled", broken)
     monkeypatch.setattr(speed, "compiler_trouble", speed.compiler_trouble.__wrapped__)   # not the remembered answer
     agent, batch = BDPO(3, 2, BDPOConfig(**TINY)), synthetic_batch(8, 3, 2)
-    for mode in ("default", "whole"):
-        assert accelerate(agent, mode) == "eager: torch.compile does not work here (no compiler found)"
+    said = "eager: torch.compile does not work here (no compiler found)"
+    for mode in ("default", "whole"): assert accelerate(agent, mode) == said
+    agent.update(batch)
+    assert accelerate(agent, "half") == f"{said}, products in half precision"
     agent.update(batch)
 
 
@@ -227,11 +231,39 @@ def test_a_recorded_agent_refuses_a_state_and_a_fleet():
     state, agent.update = agent.state_dict(), None
     with pytest.raises(RuntimeError, match="before the updates are recorded"): agent.load_state_dict(state)
     with pytest.raises(ValueError, match="train alone"): Fleet([agent])
+    compiled = BDPO(3, 2, BDPOConfig(**TINY))
+    compile_losses(compiled)
+    with pytest.raises(ValueError, match="recorded or compiled train alone"): Fleet([compiled])
+
+
+def test_half_products_learn_and_stay_in_single_precision():
+    "A fleet too; exact where the factors are exact in eight bits."
+    agents = [BDPO(3, 2, BDPOConfig(**TINY, warmup_steps=0, actor_every=1), seed=s) for s in (0, 1)]
+    for a in agents: halve_products(a)
+    x = torch.randint(-8, 8, (1, 5, 3)) / 8
+    net = agents[0].q.net
+    with torch.no_grad():
+        for layer in (*net.mlp.layers, net.mlp.head): layer.weight.copy_(torch.randint(-8, 8, layer.weight.shape) / 8)
+        linear = net.mlp.layers[0]
+        exact = torch.einsum("bi,kio->kbo", x[0], linear.weight[:, :3])
+        assert torch.equal(net.mlp.share(0, x), exact)
+        y = torch.randint(-8, 8, (1, 5, linear.weight.shape[1])) / 8
+        assert torch.equal(linear(y), torch.einsum("bi,kio->kbo", y[0], linear.weight) + linear.bias[:, None])
+    before = [p.clone() for a in agents for p in numbers(a)]
+    fleet = Fleet(agents)
+    fleet.update([synthetic_batch(8, 3, 2)] * 2)
+    fleet.give_back()
+    assert all(p.dtype == torch.float32 for a in agents for p in numbers(a))
+    moved = [not torch.equal(p, q) for p, q in zip(before, (p for a in agents for p in numbers(a)))]
+    assert sum(moved) > len(moved) // 2
 
 
 def test_a_failed_recording_leaves_a_working_agent(monkeypatch):
     "As far as that can be seen without a GPU."
-    def fails(agent, batch): raise RuntimeError("operation not permitted when stream is capturing\n...")
+    def fails(agent, batch):
+        agent.fixed = True
+        agent._normal(3)
+        raise RuntimeError("operation not permitted when stream is capturing\n...")
     class Pretended(str): type = "cuda"
     agent, batch = BDPO(3, 2, BDPOConfig(**TINY)), synthetic_batch(16, 3, 2)
     monkeypatch.setattr(speed, "Recorded", fails)
@@ -243,7 +275,7 @@ def test_a_failed_recording_leaves_a_working_agent(monkeypatch):
     with pytest.raises(ValueError, match="batch is needed"): accelerate(agent, "cudagraph")
     said = accelerate(agent, "cudagraph", batch)
     assert said.endswith("nothing recorded (operation not permitted when stream is capturing)")
-    assert torch.equal(agent.generator.get_state(), before)
+    assert not agent.fixed and torch.equal(agent.generator.get_state(), before)
     agent.update(batch)
 
 

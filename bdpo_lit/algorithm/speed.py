@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UPDATES', 'MODES', 'PlainBDPO', 'synthetic_batch', 'rough', 'gradients', 'ByteCounter', 'work', 'ProductRecorder',
            'products', 'compiler_trouble', 'fused_activate', 'use_activate', 'traced_activate', 'compile_losses',
-           'keep_memory', 'prepare_for_recording', 'unchanged', 'Recorded', 'accelerate', 'Fleet']
+           'keep_memory', 'halve_products', 'prepare_for_recording', 'unchanged', 'Recorded', 'accelerate', 'Fleet']
 
 # %% ../../nbs/algorithm/12_speed.ipynb #10b-003
 import copy
@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from .bdpo import BDPO, Algorithm1, Batch, Learner
-from .networks import EnsembleLayerNorm, activate
+from .networks import (EnsembleLayerNorm, EnsembleLinear,
+                                         EnsembleMLP, activate)
 from ..theory.diffusion import vp_schedule
 
 # %% ../../nbs/algorithm/12_speed.ipynb #10b-008
@@ -207,11 +208,16 @@ def fused_activate(norm: nn.Module,             # as `activate`
     with torch.no_grad(): return _compiled(f)(*(x.data for x in args)).view_as(z)
 
 # %% ../../nbs/algorithm/12_speed.ipynb #0ee2ce8f
+def _busy(agent: BDPO) -> list[nn.Module]:
+    "Networks that see many rows: all critics, and the slow policies that draw paths."
+    critics = [net for learner in (agent.q, agent.v)
+               for net in (learner.net, learner.target)]
+    return [*critics, agent.actor.target, agent.behavior.target]
+
+# %% ../../nbs/algorithm/12_speed.ipynb #ba9a1dab
 def use_activate(agent: BDPO, f: Callable):
-    "Give all critics, and the slow policies that draw paths, another `activate`."
-    nets = [net for learner in (agent.q, agent.v)
-            for net in (learner.net, learner.target)]
-    for net in (*nets, agent.actor.target, agent.behavior.target): net.mlp.activate = f
+    "Give the critics, and the slow policies, another `activate`."
+    for net in _busy(agent): net.mlp.activate = f
 
 # %% ../../nbs/algorithm/12_speed.ipynb #af771047
 class _TracedMish(_FusedMish):
@@ -248,6 +254,30 @@ def keep_memory(keep: bool = True,    # False: return it again, as glibc does at
     settings = ({MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1} if keep
                 else {MMAP_MAX: 65536, TRIM_THRESHOLD: 128 * 1024})
     return all([mallopt(name, value) for name, value in settings.items()])
+
+# %% ../../nbs/algorithm/12_speed.ipynb #c365f69b
+class _HalfLinear(EnsembleLinear):
+    "As `EnsembleLinear`, with a product in half precision."
+    def forward(self, x):
+        K, _, out_dim = self.weight.shape
+        rows = x.reshape(len(x), -1, x.shape[-1]).bfloat16().expand(K, -1, -1)
+        z = torch.bmm(rows, self.weight.bfloat16()).to(x.dtype)
+        return (z + self.bias.unsqueeze(1)).view(K, *x.shape[1:-1], out_dim)
+
+# %% ../../nbs/algorithm/12_speed.ipynb #61ccbcfa
+class _HalfMLP(EnsembleMLP):
+    "As `EnsembleMLP`, with shares in half precision."
+    def share(self, i, x):
+        w = self.layers[0].weight.split(self.in_dims, dim=1)[i].bfloat16()
+        rows = x.reshape(len(x), -1, x.shape[-1]).bfloat16().expand(len(w), -1, -1)
+        return torch.bmm(rows, w).to(x.dtype).view(len(w), *x.shape[1:-1], w.shape[-1])
+
+# %% ../../nbs/algorithm/12_speed.ipynb #fd335a81
+def halve_products(agent: BDPO):
+    "From now on critics and slow policies multiply in bfloat16."
+    for net in _busy(agent):
+        net.mlp.__class__ = _HalfMLP
+        for layer in (*net.mlp.layers, net.mlp.head): layer.__class__ = _HalfLinear
 
 # %% ../../nbs/algorithm/12_speed.ipynb #10b-026
 def prepare_for_recording(learner: Learner):
@@ -333,7 +363,7 @@ def _body(self: Recorded, kind):
     "The updates of this kind, made eagerly on the recorder's own batch; metrics."
     metrics = {}
     for what in kind:
-        metrics |= getattr(BDPO, f"update_{what}")(self.agent, self.batch)
+        metrics |= getattr(type(self.agent), f"update_{what}")(self.agent, self.batch)
     return metrics
 
 # %% ../../nbs/algorithm/12_speed.ipynb #11-n32
@@ -376,7 +406,7 @@ def take_over(self: Recorded):
         setattr(self.agent, f"update_{what}", replay)
 
 # %% ../../nbs/algorithm/12_speed.ipynb #a10da579
-MODES = ("off", "default", "whole", "cudagraph")
+MODES = ("off", "default", "half", "whole", "cudagraph")
 
 # %% ../../nbs/algorithm/12_speed.ipynb #02f58ee4
 def _try_recording(agent, batch):
@@ -418,6 +448,9 @@ def accelerate(agent: BDPO,        # whose updates to make faster, from now on
     use_activate(agent, activate if trouble else fused_activate)
     said = (f"eager: torch.compile does not work here ({trouble})" if trouble
             else "activations compiled")
+    if mode == "half":
+        halve_products(agent)
+        return f"{said}, products in half precision"
     return f"{said}, {_recorded(agent, batch)}" if mode == "cudagraph" else said
 
 # %% ../../nbs/algorithm/12_speed.ipynb #10b-037
@@ -432,13 +465,6 @@ class _Losses(nn.Module):
     def forward(self, method, batch, draws):
         return getattr(self.agent, method)(batch, **draws)
 
-# %% ../../nbs/algorithm/12_speed.ipynb #51b693f8
-def _joined(learners, part):
-    "The parameters of a part, by name, stacked."
-    nets = [getattr(learner, part) for learner in learners]
-    return {k: torch.stack([net.get_parameter(k).detach() for net in nets])
-            for k, _ in learners[0].net.named_parameters()}
-
 # %% ../../nbs/algorithm/12_speed.ipynb #014548b6
 def _stacked_memory(own):
     "Adam's memory of one parameter, stacked; the count of steps is common."
@@ -450,8 +476,9 @@ class _Stacked:
     "The same learner of several agents, with a leading axis."
     def __init__(self, learners):
         self.learners, first = learners, learners[0]
-        self.net = {k: nn.Parameter(x) for k, x in _joined(learners, "net").items()}
-        self.target = _joined(learners, "target")
+        self.net, self.target = (
+            torch.func.stack_module_state([getattr(x, part) for x in learners])[0]
+            for part in ("net", "target"))
         self.optimizer = torch.optim.Adam(self.net.values(), lr=first.lr, fused=True)
         memory = zip(*([learner.optimizer.state[p] for p in learner.net.parameters()]
                        for learner in learners))
@@ -505,7 +532,8 @@ def _check_fleet(agents):
     "Raises `ValueError` for agents that cannot train as one program."
     one, *rest = agents
     kind = lambda a: (a.config, a.obs_dim, a.action_dim, a.device)
-    if any("update" in vars(a) for a in agents): why = "whose updates are recorded"
+    if any({"update", "upper_loss"} & set(vars(a)) for a in agents):
+        why = "whose updates are recorded or compiled"
     elif one.config.eta == "auto": why = "with eta='auto', each with its own price,"
     elif all(kind(a) == kind(one) and _counts(a) == _counts(one) for a in rest): return
     else:

@@ -13,12 +13,12 @@ import minari
 import numpy as np
 from jaxtyping import Float
 from minari.data_collector import EpisodeBuffer
-from scipy import stats
 from tqdm.auto import tqdm
 
 # %% ../../nbs/evidence/26_ablations.ipynb #8c519cb0
 from ..algorithm.bdpo import BDPOConfig
 from ..offline.data import DataError
+from ..offline.evaluation import t_interval
 from ..offline.maze import find_or_make, permalink
 from ..offline.tasks import Task
 from ..offline.training import TrainConfig
@@ -110,13 +110,6 @@ def against(rows: Iterable[dict],           # as `read_results` returns them
     for (s, v, seed), x in earned.items():
         if v != base and (s, base, seed) in earned:
             gains.setdefault((s, v), []).append(x - earned[s, base, seed])
-    return [dict(set=s, variant=v, seeds=len(x)) | _student(x)
+    return [dict(set=s, variant=v, seeds=len(x), gain=float(np.mean(x)))
+            | dict(zip(("low", "high"), t_interval(x)))
             for (s, v), x in gains.items() if len(x) > 1]
-
-# %% ../../nbs/evidence/26_ablations.ipynb #1f685316
-def _student(x: list[float]) -> dict[str, float]:
-    "The mean of a few numbers, and its 95 % interval."
-    x = np.asarray(x)
-    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
-    return dict(gain=float(x.mean()), low=float(x.mean() - half),
-                high=float(x.mean() + half))

@@ -32,7 +32,7 @@ from ..reference.style import provenance
 # %% ../../nbs/evidence/23_benchmark.ipynb #21-sizes
 SIZES = dict(locomotion=dict(obs=17, act=6, batch=256, steps=5),
              toy2d=dict(obs=1, act=2, batch=512, steps=50))
-KINDS = ("plain", "less", "fast", "whole")
+KINDS = ("plain", "less", "fast", "half", "whole")
 
 # %% ../../nbs/evidence/23_benchmark.ipynb #616733ba
 def _config(bandit: bool, steps: int, critics: int, samples: int,
@@ -60,8 +60,9 @@ def contender(kind: str = "less",        # one of `KINDS`
     agent = PlainBDPO if kind == "plain" else BDPO
     agents = [agent(s["obs"], s["act"], config, device, k) for k in range(seeds)]
     batch = synthetic_batch(s["batch"], s["obs"], s["act"], device=device)
-    modes = dict(fast="cudagraph" if device == "cuda" else "default", whole="whole")
-    said = [accelerate(a, modes.get(kind, "off"), batch) for a in agents]
+    modes = dict(plain="off", less="off",
+                 fast="cudagraph" if device == "cuda" else "default")
+    said = [accelerate(a, modes.get(kind, kind), batch) for a in agents]
     return agents, batch, said[0]
 
 # %% ../../nbs/evidence/23_benchmark.ipynb #6195c671

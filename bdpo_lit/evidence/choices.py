@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'begin', 'go_on', 'play', 'compare', 'priced_path', 'ThroughChain', 'gradient_noise', 'gains',
-           'FrozenClone', 'ClippedPrice', 'path_prices', 'OnPolicy', 'lower_error', 'Careful', 'candidates', 'looks',
-           'gather']
+           'FrozenClone', 'ClippedPrice', 'path_prices', 'OnPolicy', 'lower_error', 'HalfProducts', 'Careful',
+           'candidates', 'looks', 'gather']
 
 # %% ../../nbs/evidence/28_choices.ipynb #92c65933
 import json
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -24,12 +25,12 @@ from torch import Tensor
 from ..algorithm.bdpo import BDPO, BDPOConfig
 from ..algorithm.critics import lcb, q_target, step_value, value_loss
 from ..algorithm.networks import NoiseNet
-from ..algorithm.speed import Fleet
+from ..algorithm.speed import Fleet, halve_products
 from ..theory.diffusion import (Schedule, ddpm_step, reverse_path,
                                        x0_from_eps)
 from ..theory.path_kl import step_kl, step_kl_from_x0
 from ..offline.data import Scaling, Transitions
-from ..offline.evaluation import bootstrap_interval, iqm
+from ..offline.evaluation import t_interval
 from ..offline.own_data import reward_unit
 from ..offline.training import write_whole
 from .peers import BATCH, HAND, PRETRAIN, judge, scale_of
@@ -95,12 +96,16 @@ def play(agent: BDPO, make_env: Callable, refs: tuple | None,  # who, where; its
 
 # %% ../../nbs/evidence/28_choices.ipynb #095d6dd9
 def _begun(path: Path, raw: Transitions, seeds: Sequence[int]):
-    "As `begin`, from the file where it is there."
+    "As `begin`, from the file where it is there; `ValueError` for other seeds."
     data, states = begin(raw, seeds, HAND, 0 if path.exists() else PRETRAIN)
-    if path.exists(): return data, torch.load(path, weights_only=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(states, path)
-    return data, states
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(seeds=list(seeds), states=states), part := BytesIO())
+        write_whole(path, part.getvalue())
+    found = torch.load(path, weights_only=True)
+    if found["seeds"] != list(seeds):
+        raise ValueError(f"{path} begins seeds {found['seeds']}, not {list(seeds)}")
+    return data, found["states"]
 
 # %% ../../nbs/evidence/28_choices.ipynb #7a8b7b62
 def compare(name: str, variant: str,      # of the set; a key of `VARIANTS`
@@ -120,7 +125,7 @@ def compare(name: str, variant: str,      # of the set; a key of `VARIANTS`
         common = dict(experiment="choices", set=name, variant=variant, step=step,
                       seconds=round(spent / len(agents), 1)) | provenance()
         rows += [common | dict(seed=s) | play(a, make_env, refs)
-                 for s, a in zip(seeds, agents)]
+                 for s, a in zip(seeds, agents, strict=True)]
     write_whole(part, json.dumps(rows).encode())
 
 # %% ../../nbs/evidence/28_choices.ipynb #d8f7973d
@@ -199,14 +204,15 @@ def gradient_noise(agent: BDPO,         # whose `policy_loss`
 # %% ../../nbs/evidence/28_choices.ipynb #c7ef452b
 def gains(rows: Sequence[dict],       # of one table, as `read_results` reads it
           s: str, variant: str,       # set; a key of `VARIANTS`
-          step: str, base: str,       # updates of the variant, of `base`
-         ) -> tuple[float, float, float, int]:  # IQM, interval, seeds ahead
-    "What a variant earns more than `base`, seed by seed."
+          step: str = "6000",         # updates of the variant
+          base_step: str = "6000",    # updates of `base`
+         ) -> tuple[float, float, float, int]:  # mean, its interval, seeds ahead
+    "What a variant earns more than `base`, seed by seed; Student's 95 % interval."
     score = {(r["variant"], r["step"], r["seed"]): r["mean"] for r in rows
              if (r["experiment"], r["set"], r["who"]) == ("choices", s, "last")}
-    x = [y - score["base", base, seed] for (v, n, seed), y in score.items()
+    x = [y - score["base", base_step, seed] for (v, n, seed), y in score.items()
          if (v, n) == (variant, step)]
-    return float(iqm(x)), *bootstrap_interval(x, statistic=iqm), sum(y > 0 for y in x)
+    return sum(x) / len(x), *t_interval(x), sum(y > 0 for y in x)
 
 # %% ../../nbs/evidence/28_choices.ipynb #0684fe39
 class FrozenClone(BDPO):
@@ -310,6 +316,15 @@ def lower_error(agent: BDPO, batch, samples: int = 16,   # of a^{n-1}
     target, _ = step_value(agent.actor.target, **step)
     error = agent.v.net(batch.obs, step["x"], step["n"]).mean(0) - target
     return float(error.square().mean().sqrt()), float(target.std())
+
+# %% ../../nbs/evidence/28_choices.ipynb #a41a6a2c
+class HalfProducts(BDPO):
+    "As `--compile half`, but without the compiler."
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        halve_products(self)
+
+VARIANTS["half"] = HalfProducts
 
 # %% ../../nbs/evidence/28_choices.ipynb #14660162
 class Careful(BDPO):

@@ -363,7 +363,7 @@ def bootstrap_interval(x: Float[np.ndarray, "L"] | Sequence,  # independent resu
     if not len(x) or not np.isfinite(x).all():
         raise ValueError(f"need finite values, got {x}")
     if len(x) == 1: return float("nan"), float("nan")
-    if np.ptp(x) == 0: return float(x[0]), float(x[0])  # all equal: a point
+    if np.ptp(x) == 0: return (float(statistic(x, axis=-1)),) * 2   # all equal
     drawn = stats.bootstrap((x,), statistic, confidence_level=level,
                             n_resamples=resamples, method="percentile",
                             vectorized=True, rng=np.random.default_rng(seed))
