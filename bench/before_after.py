@@ -19,11 +19,11 @@ from bdpo_lit.reference.style import provenance
 HERE = Path(__file__).resolve().parents[1]
 SIZES = dict(locomotion=dict(size="locomotion"), planes=dict(size="toy2d"),
              small=dict(size="locomotion", width=64, critics=4, samples=2, batch=128))
-WAYS = dict(less=dict(kind="less"), kept=dict(kind="less", memory=True), fast=dict(kind="fast", memory=True),
-            whole=dict(kind="whole", memory=True))    # not in every checkout, and for small networks only
+WAYS = dict(less=dict(kind="less"), kept=dict(kind="less", memory=True), fast=dict(kind="fast", memory=True))
+NEW = dict(locomotion="half", small="whole")    # not in every checkout, and worth it at one size
 
 
-def measure(name, before, rounds, ways, jax):
+def measure(name, before, rounds, jax):
     "All ways of one size, of both checkouts, beside the plain one and the JAX code (its command; or None)."
     many = 20 if name == "small" else 1
     ops = dict(pretrain=max(10, many), critic=many, actor=many)
@@ -31,9 +31,10 @@ def measure(name, before, rounds, ways, jax):
     with ExitStack() as stack:
         start = lambda path, **options: stack.enter_context(torch_worker(at(path), **SIZES[name], **options))
         everyone = dict(plain=start(HERE, kind="plain"))
-        for way in ways:
-            if way != "whole": everyone[f"before {way}"] = start(before, **WAYS[way])
+        for way in WAYS:
+            everyone[f"before {way}"] = start(before, **WAYS[way])
             everyone[way] = start(HERE, **WAYS[way])
+        if new := NEW.get(name): everyone[new] = start(HERE, kind=new, memory=True)
         if jax and name != "planes":
             sizes = [x for k, v in SIZES[name].items() if k != "size" for x in (f"--{k}", str(v))]
             everyone["jax bdpo"] = stack.enter_context(jax_worker(jax, "bdpo", 1, "--preset", "locomotion", *sizes))
@@ -54,14 +55,12 @@ p.add_argument("--rounds", type=int, default=7)
 p.add_argument("--sizes", nargs="*", default=SIZES, choices=SIZES)
 p.add_argument("--jax", help="Python of the JAX code's environment")
 p.add_argument("--flowrl", help="clone of flow-rl")
-p.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS)
 a = p.parse_args()
 out = Path(a.out)
 jax = [a.jax, str(HERE / "bench" / "jax_peer.py"), "--flowrl", a.flowrl] if a.jax else None
 found = json.loads(out.read_text()) if out.exists() else {}
 for name in a.sizes:
-    found[name] = measure(name, a.before, a.rounds, [w for w in a.ways if w != "whole" or name == "small"],
-                          jax)
+    found[name] = measure(name, a.before, a.rounds, jax)
     found.setdefault("provenance", {})[name] = provenance() | machine("cpu") | dict(threads=1, before=a.commit)
     out.write_text(json.dumps(found, indent=1))
     for way, ops in found[name]["ratio"].items():

@@ -379,6 +379,9 @@ def _end(process):
         except subprocess.TimeoutExpired: continue
 
 
+RUNNING = []     # processes of parts
+
+
 def run_part(name, a, until):
     "A part in a process of its own: what it found, and how it ended."
     until, start = min(until, time.time() + LIMIT[name] * a.minutes / 8), time.time()
@@ -390,6 +393,7 @@ def run_part(name, a, until):
     command += ["--chapters", *a.chapters] if a.chapters else []
     with open(log, "w") as f:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True)
+        RUNNING.append(process)
         try: status = "done" if process.wait(until - start) == 0 else "failed"
         except subprocess.TimeoutExpired: status = "stopped, its time was over"
         _end(process)                                # whatever it has left behind
@@ -511,7 +515,11 @@ def main():
         print(f"{name}: {found['status']}", file=sys.stderr, flush=True)
     for group in TOGETHER:
         if some := [name for name in group if name in a.parts]:
-            with ThreadPoolExecutor(len(some)) as pool: list(pool.map(run, some))
+            with ThreadPoolExecutor(len(some)) as pool:
+                try: list(pool.map(run, some))
+                except KeyboardInterrupt:
+                    for process in RUNNING: _end(process)    # sessions of their own: Ctrl-C does not reach them
+                    raise
     shutil.rmtree(a.work, ignore_errors=True)
     print(f"\n{summary(result)}\n\nWritten: {out}")
     return int(any(result[name]["status"] != "done" for name in a.parts))

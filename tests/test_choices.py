@@ -182,7 +182,7 @@ def test_choice_by_the_bound_is_choice_by_the_mean_without_pessimism():
 
 # ---- together, and from the start to the table
 
-@pytest.mark.parametrize("kind", [ThroughChain, ClippedPrice, OnPolicy])
+@pytest.mark.parametrize("kind", [ThroughChain, ClippedPrice, OnPolicy, choices.HalfProducts])
 def test_a_fleet_trains_a_variant_as_it_would_train_alone(kind, batch):
     alone, fleet = ([agent(kind, num_steps=3) for _ in range(2)] for _ in range(2))
     for k, (a, b) in enumerate(zip(alone, fleet)): a.generator.manual_seed(k); b.generator.manual_seed(k)
@@ -287,6 +287,8 @@ def test_from_the_start_to_the_table(raw, tmp_path, monkeypatch):
         choices.compare("coast", variant, raw, make_env, stops, tmp_path, seeds=range(2))
     choices.candidates("coast", raw, make_env, 2, tmp_path, Ms=(1, 2))
     choices.looks("coast", raw, 2, tmp_path, draws=3)
+    with pytest.raises(ValueError, match=r"begins seeds \[0, 1\], not \[5, 6\]"):
+        choices.compare("coast", "frozen", raw, make_env, (2,), tmp_path, seeds=(5, 6))
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
     choices.compare("coast", "base", raw, make_env, (2,), tmp_path, seeds=range(2))
     assert before == {p: p.read_bytes() for p in tmp_path.iterdir()}
@@ -302,4 +304,7 @@ def test_from_the_start_to_the_table(raw, tmp_path, monkeypatch):
     again = {r["seed"]: r["mean"] for r in rows if r["experiment"] == "candidates" and r["num_actions"] == 1
              and r["who"] == "last"}
     assert one == again, "one candidate is one draw"
+    late = [*(r["mean"] for r in rows if (r["variant"], r["step"]) == ("chain", "1"))]
+    gain, low, high, ahead = choices.gains(rows, "coast", "chain", "1", "2")
+    assert gain == pytest.approx(np.mean(late) - np.mean([*one.values()])) and low <= gain <= high and 0 <= ahead <= 2
     assert json.loads((tmp_path / "coast-base.json").read_text())[0]["unit"] == "return"

@@ -332,6 +332,12 @@ def test_bootstrap_interval():
     assert lo < iqm(x) < hi
 
 
+def test_the_interval_of_equal_results_is_their_statistic():
+    "To the bit: 15.8396... five times has a trimmed mean that differs in the last digit."
+    x = [15.839607754861294] * 5
+    assert bootstrap_interval(x, statistic=iqm) == (float(iqm(x)),) * 2
+
+
 def test_bootstrap_of_degenerate_input():
     assert bootstrap_interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
     assert np.isnan(bootstrap_interval([2.0])).all()

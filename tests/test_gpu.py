@@ -18,7 +18,7 @@ DEVICE = os.environ.get("BDPO_LIT_GPU", "cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no GPU")]
 only_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="CUDA only")
 QUICK = dict(TINY, warmup_steps=2, actor_every=2, actor_lr=1e-3, critic_decay_steps=20)
-MODES = ("off", "default", pytest.param("cudagraph", marks=only_cuda))
+MODES = ("off", "default", "whole", pytest.param("cudagraph", marks=only_cuda))
 
 
 def moved(x, dtype=torch.float64): return x.to(DEVICE, dtype) if x.is_floating_point() else x.to(DEVICE)
@@ -44,8 +44,9 @@ def test_every_mode_learns_the_same(mode):
     plain, agent = (BDPO(3, 2, BDPOConfig(**QUICK), DEVICE) for _ in range(2))
     batches = [synthetic_batch(32, 3, 2, seed=s, device=DEVICE) for s in range(8)]
     said = accelerate(agent, mode, batches[0])
-    assert dict(off="eager", default="compiled", cudagraph="recorded as CUDA graphs")[mode] in said
-    plain.fixed = mode == "cudagraph"
+    assert dict(off="eager", default="activations compiled", whole="losses compiled",
+                cudagraph="recorded as CUDA graphs")[mode] in said
+    plain.fixed = agent.fixed
     for what in ("update_behavior", "update"):
         for b in batches:
             ours, theirs = getattr(agent, what)(b), getattr(plain, what)(b)

@@ -65,7 +65,9 @@ def test_five_runs_together_are_five_runs(kind):
     data, together = noise_data(), train(double(kind, [3, 0, 5]), noise_data(), 3, 6)
     for run, seed in enumerate([3, 0, 5]):
         alone = train(double(kind, [seed]), data, 3, 6)
+        if kind is PointBDPO: together.var[run] = run + 0.5
         taken = together.alone(run, 0)
+        if kind is PointBDPO: assert (taken.var == run + 0.5).all()
         for (name, a), b in zip(alone.named_parameters(), taken.parameters(), strict=True):
             torch.testing.assert_close(b.double(), a, rtol=1e-6, atol=1e-6, msg=f"{kind.__name__}, {name}")
     start, end = double(kind, [3]).parameters(), together.alone(0, 0).parameters()
@@ -173,16 +175,16 @@ def test_the_best_of_ten_is_the_best_of_those_drawn():
 
 # ---- what they learn
 
-@pytest.mark.parametrize("kind, knob, asked", [
-    (IQL, 1.0, 0.5), (TD3BC, 2.0, 0.5), (DQL, 2.0, 0.6), (FQL, 2.0, 0.5),
-    (GaussianBDPO, 0.5, 0.5), (PointBDPO, 0.5, 0.5)])
-def test_each_beats_its_clone_where_the_best_action_is_known(kind, knob, asked):
+@pytest.mark.parametrize("kind, knob", [
+    (IQL, 1.0), (TD3BC, 2.0), (DQL, 2.0), (FQL, 2.0), (GaussianBDPO, 0.5), (PointBDPO, 0.5)])
+def test_each_beats_its_clone_where_the_best_action_is_known(kind, knob):
+    "A clone's regret is a third of that of chance, or more."
     quick = replace(TINY, warmup_steps=100, actor_lr=3e-3, critic_lr=3e-3, num_steps=2)
     data = bandit()
     peer = train(kind(1, 1, [0], knob, quick), data, 100, 350)
     obs = torch.where(torch.arange(400) % 2 == 0, -1.0, 1.0).view(1, -1, 1)
     regret = lambda action: float(10 * (action - obs / 2).square().mean()) / -float(data.reward.mean())
-    assert regret(peer.act(obs)) < asked, "share of the regret of chance"
+    assert regret(peer.act(obs)) < 0.2, "share of the regret of chance"
     if kind is IQL: assert regret(peer.alone(0, 0, IDQL).act(obs, 10)) < 0.5 < regret(peer.alone(0, 0, IDQL).act(obs))
 
 
@@ -225,7 +227,7 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
     assert (again[0]["mean"], again[0]["num_actions"], again[0]["unit"]) == (1.5, 1, None)
 
 
-def test_rows_are_written_whole(tmp_path):
+def test_numbers_come_back_as_they_were_written(tmp_path):
     rows = [dict(set="maze", seed=1, mean=0.1 + 0.2, note="knob 3", knob=3.0)]
     write_results(tmp_path / "new" / "x.csv", rows)
     read, = read_results(tmp_path / "new" / "x.csv")

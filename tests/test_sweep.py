@@ -364,6 +364,8 @@ def test_summaries_against_a_bootstrap_by_hand():
     x = dict(a=rng.normal(50, 9, 5), b=rng.normal(20, 3, 5))
     rows = rows_of(dict(v=x, only=dict(a=x["a"])))
     (value, low, high), = overall(rows).values()     # "only" lacks a set
+    mixed = [r | dict(unit=dict(a="score").get(r["set"], "return")) for r in rows]
+    assert len({r["unit"] for r in mixed}) == 2 and not overall(mixed), "scores and returns have no common mean"
     pooled = np.sort(np.concatenate([*x.values()]))
     assert value == pytest.approx(pooled[2:8].mean())
     drawn = np.concatenate([rng.choice(xs, (20_000, 5)) for xs in x.values()], 1)
@@ -443,7 +445,7 @@ def test_ray_loses_a_worker_a_run_and_a_node_and_nothing_else(home, cluster):
         wait_for(lambda: all((c.run_dir / "last.pt").exists() for c in run), 300)
         first, second = [*at(raylets[0])]
         hit["worker"], hit["run"] = [first], [second]
-        processes(raylets[0], f"ray::{first}")[0].kill()    # the run of this one goes on, with nobody to wait for it
+        processes(raylets[0], f"ray::{first}")[0].kill()    # its run ends with it
         at(raylets[0])[second].kill()                       # as the kernel does when memory is short
         lost = at(raylets[1])
         hit["node"] = [*lost]

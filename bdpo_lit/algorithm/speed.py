@@ -270,7 +270,8 @@ class _HalfMLP(EnsembleMLP):
     def share(self, i, x):
         w = self.layers[0].weight.split(self.in_dims, dim=1)[i].bfloat16()
         rows = x.reshape(len(x), -1, x.shape[-1]).bfloat16().expand(len(w), -1, -1)
-        return torch.bmm(rows, w).to(x.dtype).view(len(w), *x.shape[1:-1], w.shape[-1])
+        z = torch.bmm(rows, w).to(x.dtype)
+        return z.view(len(w), *x.shape[1:-1], w.shape[-1])
 
 # %% ../../nbs/algorithm/12_speed.ipynb #fd335a81
 def halve_products(agent: BDPO):

@@ -327,6 +327,7 @@ def _draw_price(ax, found):
     steps = range(1, len(found["price"]) + 1)
     ax.bar(steps, found["price"], color=COLORS["actor"], yerr=2 * np.array(
         found["price_se"]), error_kw=dict(lw=0.8))
+    ax.locator_params("x", integer=True)
     ax.set(xlim=(len(steps) + 0.6, 0.4), title=f"{sum(found['price']):.2g} nats")
 
 # %% ../../nbs/evidence/29_diagnostics.ipynb #29d1a056
@@ -337,6 +338,7 @@ def _draw_values(ax, found):
                               ("std", "value", ":")):
         y = [max(x[key] / eta, floor) for x in curve]
         ax.plot(n, y, style, color=COLORS[color], marker="o", ms=2, lw=1.2)
+    ax.locator_params("x", integer=True)
     ax.set_yscale("log")
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set(xlim=(max(n) + 0.6, 0.4),
@@ -433,7 +435,7 @@ SIGNS |= {
         lambda f: f["setting"]["settled"] < 2, "Q's slow copy has not seen the future",
         "more updates, a larger ema, a smaller gamma"),
     "an ensemble of one": (
-        lambda f: f["setting"]["num_critics"] == 1, "there is no spread to fear",
+        lambda f: f["setting"]["num_critics"] == 1, "rho has no spread to subtract",
         "num_critics of 2 or more, rho > 0"),
 }
 

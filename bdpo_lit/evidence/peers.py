@@ -218,7 +218,8 @@ def alone(self: Peer, run: int,             # which
     "One of the runs, by itself."
     one = (kind or type(self))(self.S, self.A, [seed], float(self.knob[run, 0]),
                                self.config)
-    for mine, its in zip(self.parameters(), one.parameters()):
+    numbers = lambda x: [*x.parameters(), *x.buffers(recurse=False)]    # of all runs
+    for mine, its in zip(numbers(self), numbers(one), strict=True):
         its.data = mine.data.chunk(len(self.draws))[run].clone()
     return one
 

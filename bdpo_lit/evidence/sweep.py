@@ -403,7 +403,7 @@ def collect(x: Experiment,              # what was to be run
 
 # %% ../../nbs/evidence/25_sweep.ipynb #bb7a811a
 def read_results(path: str | Path) -> list[dict]:
-    "The rows of a table; numbers as numbers, None where there is nothing."
+    "The rows of a table; seeds and results as numbers, None where there is nothing."
     whole, real = ("seed", "num_actions"), ("mean", "low", "high", "seconds")
     kinds = dict.fromkeys(whole, int) | dict.fromkeys(real, float)
     with open(path, encoding="utf-8", newline="") as f:
@@ -451,7 +451,9 @@ def summary(rows: Iterable[dict],        # as `collect` returns them
 def overall(rows: Sequence[dict],  # as `collect` returns them
             who: str = "last", num_actions: int | None = 1,  # as `summary`
            ) -> dict[str, tuple[float, float, float]]:       # variant: iqm, low, high
-    "Over all sets, for variants that have two seeds or more on each of them."
+    """Over all sets, for variants that have two seeds or more on each of them; nothing
+    where the sets are judged in different units."""
+    if len({r["unit"] for r in rows if r["unit"]}) > 1: return {}
     sets, found = {r["set"] for r in rows}, {}
     for (s, v), of in _scored(rows, who, num_actions).items():
         if len(of) > 1: found.setdefault(v, {})[s] = [r["mean"] for r in of]
