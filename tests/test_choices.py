@@ -296,11 +296,12 @@ def test_from_the_start_to_the_table(raw, tmp_path, monkeypatch):
     rows = read_results(tmp_path / "choices.csv")
     count = {e: sum(r["experiment"] == e for r in rows) for e in
              ("choices", "candidates", "noise", "cosine", "error", "spread", "nats")}
-    assert count == dict(choices=2 + 4, candidates=2 * (2 + 1 + 2), noise=8, cosine=8, error=4, spread=4, nats=4)
+    assert count == dict(choices=4 + 4, candidates=2 * (2 + 1 + 2), noise=8, cosine=8, error=4, spread=4, nats=4)
     assert all(r["commit"] and r["date"] and r["status"] == "finished" for r in rows)
     line, = summary([r for r in rows if r["experiment"] == "choices" and r["variant"] == "base"])
     assert line["seeds"] == 2 and line["low"] <= line["iqm"] <= line["high"] <= 0 and line["seconds"] >= 0
-    one = {r["seed"]: r["mean"] for r in rows if r["experiment"] == "choices" and r["variant"] == "base"}
+    one = {r["seed"]: r["mean"] for r in rows if r["experiment"] == "choices" and r["variant"] == "base"
+           and r["who"] == "last"}
     again = {r["seed"]: r["mean"] for r in rows if r["experiment"] == "candidates" and r["num_actions"] == 1
              and r["who"] == "last"}
     assert one == again, "one candidate is one draw"

@@ -114,18 +114,18 @@ def compare(name: str, variant: str,      # of the set; a key of `VARIANTS`
             stops: Sequence[int],         # updates after which to play
             out: Path,                    # folder of the runs
             seeds: Sequence[int] = range(5)):
-    "Train and play one variant on one set; what is there already is not made again."
+    "Train and play one variant (`base`: its clones, too), unless it is there already."
     part, refs = out / f"{name}-{variant}.json", scale_of(raw)
     if part.exists(): return
     data, states = _begun(out / f"{name}.pt", raw, seeds)
-    rows = []
+    who, rows = ("actor", "behavior")[: 1 + (variant == "base")], []
     for step, agents, spent in go_on(VARIANTS[variant], states, data, stops, HAND):
         torch.save([a.state_dict() for a in agents],
                    out / f"{name}-{variant}-{step}.pt")
         common = dict(experiment="choices", set=name, variant=variant, step=step,
                       seconds=round(spent / len(agents), 1)) | provenance()
-        rows += [common | dict(seed=s) | play(a, make_env, refs)
-                 for s, a in zip(seeds, agents, strict=True)]
+        rows += [common | dict(seed=s) | play(a, make_env, refs, learner=learner)
+                 for s, a in zip(seeds, agents, strict=True) for learner in who]
     write_whole(part, json.dumps(rows).encode())
 
 # %% ../../nbs/evidence/28_choices.ipynb #d8f7973d
