@@ -14,7 +14,7 @@ import platform
 from collections.abc import Callable, Sequence
 from functools import cache
 
-# %% ../../nbs/algorithm/12_speed.ipynb #8b34c82a
+# %% ../../nbs/algorithm/12_speed.ipynb #793e58c8
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -24,6 +24,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+# %% ../../nbs/algorithm/12_speed.ipynb #8b34c82a
 from .bdpo import BDPO, Algorithm1, Batch, Learner
 from .networks import (EnsembleLayerNorm, EnsembleLinear,
                                          EnsembleMLP, activate)

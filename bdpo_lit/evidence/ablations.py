@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['PENDULUM_ID', 'PENDULUM_ENV_ID', 'SWING_UP', 'swing_up', 'collect_pendulum', 'against', 'fitted_q', 'judge_prices']
 
-# %% ../../nbs/evidence/26_ablations.ipynb #a5aa78a4
+# %% ../../nbs/evidence/26_ablations.ipynb #6f99e5b1
 import copy
 import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+# %% ../../nbs/evidence/26_ablations.ipynb #a5aa78a4
 import gymnasium as gym
 import minari
 import numpy as np

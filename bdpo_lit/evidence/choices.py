@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from numpy.random import SeedSequence
 from torch import Tensor
 
-# %% ../../nbs/evidence/28_choices.ipynb #1736bd1e
+# %% ../../nbs/evidence/28_choices.ipynb #529a9540
 from ..algorithm.bdpo import BDPO, BDPOConfig
 from ..algorithm.critics import lcb, q_target, step_value, value_loss
 from ..algorithm.networks import NoiseNet
@@ -29,6 +29,8 @@ from ..algorithm.speed import Fleet, halve_products
 from ..theory.diffusion import (Schedule, ddpm_step, reverse_path,
                                        x0_from_eps)
 from ..theory.path_kl import step_kl, step_kl_from_x0
+
+# %% ../../nbs/evidence/28_choices.ipynb #1736bd1e
 from ..offline.data import Scaling, Transitions
 from ..offline.evaluation import t_interval
 from ..offline.own_data import reward_unit
