@@ -1,13 +1,13 @@
-"""`make gpu`: all that wants a GPU, in eight minutes. IT HAS NOT RUN ON A GPU YET: expect to mend something.
+"""`make gpu`: all that wants a GPU, in ten minutes.
 
 Parts, the most valuable first; each is a process of its own, so that one may fail, or run out of time, without the
 others. The JSON file is written anew after each, and holds how it ended and, if badly, the end of what it said:
 
     machine    GPU, versions, whether torch.compile works; fastest matrix product and copy
     tests      pytest -m gpu
-    updates    one update of the paper's locomotion agent: eager, compiled, recorded as CUDA graphs, with TF32; five
-               seeds one after the other and as one program (Fleet)
-    jax        the same, eager, recorded and by the JAX code of BDPO's authors, given a clone of theirs (flow-rl)
+    updates    one update of the paper's locomotion agent: eager, compiled, recorded as CUDA graphs, with TF32; by the
+               JAX code of BDPO's authors, given a clone of theirs (flow-rl); of five seeds, one after the other and as
+               one program (Fleet)
     plane      8gaussians at the paper's size to the end (100,000 + 100,000 updates), against the known optimum
     maze       the preset of `bdpo demo` to the end, on the GPU, and its scoreboard
     chapters   every chapter as Colab's "Run all" does it, its cells for a GPU included (those of the paper's size cut)
@@ -52,9 +52,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PEER = Path(__file__).with_name("jax_peer.py")
-# In brackets: parts that run side by side. Seconds each may take of eight minutes.
-TOGETHER = (("machine", "tests"), ("updates",), ("jax",), ("plane", "maze", "chapters"))
-LIMIT = dict(machine=60, tests=150, updates=150, jax=150, plane=300, maze=300, chapters=300)
+# In brackets: parts that run side by side. Seconds each may take of ten minutes.
+TOGETHER = (("machine", "tests"), ("updates",), ("plane", "maze", "chapters"))
+LIMIT = dict(machine=60, tests=120, updates=240, plane=300, maze=300, chapters=300)
 OPS = ("pretrain", "critic", "actor", "train")       # those of the JAX peer, too
 FLEET = 5                                            # seeds
 
@@ -125,18 +125,15 @@ def tests(a, keep):
 
 def updates(a, keep):
     "Time every kind of update in all ways, in turn, each way in a process of its own."
-    ways = dict(eager={}, compiled=dict(mode="default"), recorded=dict(mode="cudagraph"),
-                tf32=dict(mode="cudagraph", tf32=True))
-    several = {f"{FLEET} seeds": dict(seeds=FLEET), f"{FLEET} seeds recorded": dict(seeds=FLEET, mode="cudagraph"),
-               f"{FLEET} seeds together": dict(seeds=FLEET, together=True)}
-    _race(a, keep, ways | several, ((OPS, ways), (("pretrain", "train", "stream"), ways | several)))
-
-
-def jax(a, keep):
-    "The official code, which waits after each update, and ours asked to do the same."
-    if not a.flowrl: return keep(dict(missing=dict(jax="no --flowrl")))
-    ways = dict(eager={}, recorded=dict(mode="cudagraph"), jax=None)
-    _race(a, keep, ways, ((OPS, ways),))
+    ways = dict(eager={}, compiled=dict(mode="default"), whole=dict(mode="whole"), recorded=dict(mode="cudagraph"))
+    ways["whole, recorded"] = dict(mode="whole-cudagraph")
+    ways["whole, recorded, TF32"] = dict(mode="whole-cudagraph", tf32=True)
+    theirs = {"JAX": "float32", "JAX, TF32": "tensorfloat32"} if a.flowrl else {}
+    several = {f"{FLEET} seeds": dict(seeds=FLEET), f"{FLEET} seeds, recorded": dict(seeds=FLEET, mode="cudagraph"),
+               f"{FLEET} seeds, together": dict(seeds=FLEET, together=True)}
+    # the JAX code waits after each update; `stream` does not
+    contests = (OPS, ways | theirs), (("pretrain", "train", "stream"), {"eager": {}} | several), (("stream",), ways)
+    _race(a, keep, ways | theirs | several, contests)
 
 
 def _race(a, keep, ways, contests):
@@ -144,7 +141,7 @@ def _race(a, keep, ways, contests):
     from bdpo_lit.evidence.benchmark import SIZES, interleave, ratios
     small = a.device == "cpu"
     size = dict(batch=32, steps=3, critics=2, samples=2, width=32) if small else {}
-    rounds, patience = (2, 0.05) if small else (5, 0.15)
+    rounds, patience = (2, 0.05) if small else (5, 0.2)
     found = dict(size=SIZES["locomotion"] | dict(critics=10, samples=10, width=256) | size, rounds=rounds,
                  contenders={}, missing={}, repeats={}, ratio={}, per_second={})
     with ExitStack() as stack:
@@ -160,7 +157,7 @@ def _race(a, keep, ways, contests):
                 found["per_second"].setdefault(name, {}).update({op: n / x["seconds"] for op, x in by_op.items()})
             found["repeats"] |= repeats
             keep(found)
-        for name in set(workers) - {"jax"}:           # last: to watch is to disturb
+        for name in [x for x in workers if "JAX" not in x]:     # last: to watch is to disturb
             for what in ("memory", "profile", *(["work"] if name == "eager" else [])):
                 try: found["contenders"][name][what] = workers[name].ask(what)
                 except RuntimeError as e: found["missing"][f"{name} {what}"] = str(e)
@@ -171,8 +168,8 @@ def _started(a, stack, ways, size, missing):
     "The contenders, ready; they start side by side, since compiling takes long. Why others are not there."
     todo = {}
     for name, way in ways.items():
-        if name == "jax": todo[name] = partial(_jax, a, size)
-        elif a.device == "cpu" and way.get("mode") == "cudagraph": missing[name] = "needs a GPU"
+        if isinstance(way, str): todo[name] = partial(_jax, a, size, way)
+        elif a.device == "cpu" and "cudagraph" in way.get("mode", ""): missing[name] = "needs a GPU"
         else: todo[name] = partial(_ours, dict(device=a.device) | way | size)
     with ThreadPoolExecutor(len(todo)) as pool:
         promised = {name: pool.submit(start) for name, start in todo.items()}
@@ -188,11 +185,12 @@ def _ours(told):
     return Worker([sys.executable, __file__, "--serve", json.dumps(told)])
 
 
-def _jax(a, size):
+def _jax(a, size, precision):
     "The official code, told to use the GPU and to leave memory to the others."
     from bdpo_lit.evidence.benchmark import Worker
     told = [word for k, x in size.items() for word in (f"--{k}", str(x))]
-    env = dict(JAX_PLATFORMS=a.device, XLA_PYTHON_CLIENT_PREALLOCATE="false")
+    env = dict(JAX_PLATFORMS=a.device, XLA_PYTHON_CLIENT_PREALLOCATE="false",
+               JAX_DEFAULT_MATMUL_PRECISION=precision)
     if a.jax != sys.executable: env["PYTHONPATH"] = ""    # an environment of its own
     return Worker([a.jax, str(PEER), "--flowrl", a.flowrl, "--agents", "bdpo", "--ops", ",".join(OPS), *told],
                   "bdpo ", env)
@@ -255,6 +253,7 @@ def plane(a, keep):
     from bdpo_lit.algorithm.speed import accelerate
     from bdpo_lit.evidence.toy2d import PRESETS, closeness, make_bandit, noise_fn, value_errors, walk
     plan, eta = PRESETS["paper"], 0.06
+    torch.set_float32_matmul_precision("high")       # TF32, as JAX does by itself
     if a.device == "cpu":
         plan = replace(plan, pretrain_steps=60, train_steps=60, batch_size=64, num_points=60_000,
                        algorithm=replace(PRESETS["small"].algorithm, warmup_steps=20))
@@ -365,7 +364,7 @@ def notebook(file, device, into):
     into.write_text(json.dumps(found | dict(whole=True)))
 
 
-PARTS = dict(machine=machine, tests=tests, updates=updates, jax=jax, plane=plane, maze=maze, chapters=chapters)
+PARTS = dict(machine=machine, tests=tests, updates=updates, plane=plane, maze=maze, chapters=chapters)
 
 
 # ---- running them
@@ -384,7 +383,7 @@ RUNNING = []     # processes of parts
 
 def run_part(name, a, until):
     "A part in a process of its own: what it found, and how it ended."
-    until, start = min(until, time.time() + LIMIT[name] * a.minutes / 8), time.time()
+    until, start = min(until, time.time() + LIMIT[name] * a.minutes / 10), time.time()
     if until - start < 5: return dict(status="no time was left")
     into, log = Path(a.work) / f"{name}.json", Path(a.work) / f"{name}.log"
     command = [sys.executable, "-u", __file__, "--part", name, "--into", str(into), "--until", str(until),
@@ -453,11 +452,10 @@ def summary(result):
     "How each part ended, and updates per second."
     lines = [f"{name:9s} {x['status']}, {x.get('minutes', 0):.1f} min" for name, x in result.items() if name in PARTS]
     ops = [*OPS, "stream"]
-    for part in ("updates", "jax"):
-        if not (per_second := result.get(part, {}).get("per_second")): continue
+    if per_second := result.get("updates", {}).get("per_second"):
         lines += ["", "updates per second, of all seeds; stream: train without waiting after each",
-                  f"{part:18s}" + "".join(f"{op:>10s}" for op in ops)]
-        lines += [f"{name:18s}" + "".join(f"{x[op]:10.0f}" if op in x else f"{'-':>10s}" for op in ops)
+                  f"{'':22s}" + "".join(f"{op:>10s}" for op in ops)]
+        lines += [f"{name:22s}" + "".join(f"{x[op]:10.0f}" if op in x else f"{'-':>10s}" for op in ops)
                   for name, x in per_second.items()]
     return "\n".join(lines)
 
@@ -467,7 +465,7 @@ def options():
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: all parts at small sizes, as a test")
     p.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART",
                    help="which; the others keep what the file has of them")
-    p.add_argument("--minutes", type=float, default=8.0, help="for all parts together (default 8), a share for each")
+    p.add_argument("--minutes", type=float, default=10.0, help="for all parts together (default 10), a share for each")
     p.add_argument("--out", type=Path, help="JSON file (default bdpo_lit/results/speed_gpu.json; cpu: under runs/)")
     p.add_argument("--flowrl", default=os.environ.get("FLOWRL") or None, metavar="DIR",
                    help="a clone of github.com/typoverflow/flow-rl, v0.2.0: its JAX code is timed as well")

@@ -409,19 +409,20 @@ def take_over(self: Recorded):
         setattr(self.agent, f"update_{what}", replay)
 
 # %% ../../nbs/algorithm/12_speed.ipynb #a10da579
-MODES = ("off", "default", "half", "whole", "cudagraph")
+MODES = ("off", "default", "half", "whole", "cudagraph", "whole-cudagraph")
 
 # %% ../../nbs/algorithm/12_speed.ipynb #02f58ee4
 def _try_recording(agent, batch):
     "Record the agent's updates, or leave it as it was; what happened, in words."
     draws, stream = agent.generator.get_state(), torch.cuda.current_stream(agent.device)
+    fixed = agent.fixed
     try:
         Recorded(agent, batch).take_over()
         return "updates recorded as CUDA graphs"
     except RuntimeError as e:
         torch.cuda.set_stream(stream)   # a broken recording leaves its own behind
         torch.cuda.synchronize(agent.device)
-        agent.fixed, agent.generator = False, torch.Generator(agent.device)
+        agent.fixed, agent.generator = fixed, torch.Generator(agent.device)
         agent.generator.set_state(draws)
         return f"nothing recorded ({_first_line(e)})"
 
@@ -435,26 +436,33 @@ def _recorded(agent, batch) -> str:
         raise ValueError("to record updates a batch is needed, of the size to come")
     return _try_recording(agent, batch)
 
+# %% ../../nbs/algorithm/12_speed.ipynb #83c01ced
+def _compile(agent, whole) -> str:
+    "Compile activations, or whole losses, where that is possible; what happened, in words."
+    if trouble := compiler_trouble(str(agent.device)):
+        use_activate(agent, activate)
+        return f"eager: torch.compile does not work here ({trouble})"
+    if whole:
+        compile_losses(agent)
+        return "losses compiled"
+    use_activate(agent, fused_activate)
+    return "activations compiled"
+
 # %% ../../nbs/algorithm/12_speed.ipynb #10b-034
 def accelerate(agent: BDPO,        # whose updates to make faster, from now on
-               mode: str = "off",  # one of `MODES`; "cudagraph" needs a GPU
-               batch=None,         # cudagraph: one batch of the size to come
+               mode: str = "off",  # one of `MODES`; recordings need a GPU
+               batch=None,         # to record: one batch of the size to come
               ) -> str:            # what was done, in words
     "Faster updates; load saved states before. Raises `ValueError` for an unknown mode."
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if mode == "off": return "eager"
-    trouble = compiler_trouble(str(agent.device))
-    if mode == "whole" and not trouble:
-        compile_losses(agent)
-        return "losses compiled"
-    use_activate(agent, activate if trouble else fused_activate)
-    said = (f"eager: torch.compile does not work here ({trouble})" if trouble
-            else "activations compiled")
+    said = _compile(agent, whole=mode.startswith("whole"))
     if mode == "half":
         halve_products(agent)
         return f"{said}, products in half precision"
-    return f"{said}, {_recorded(agent, batch)}" if mode == "cudagraph" else said
+    record = mode.endswith("cudagraph")
+    return f"{said}, {_recorded(agent, batch)}" if record else said
 
 # %% ../../nbs/algorithm/12_speed.ipynb #10b-037
 class _Losses(nn.Module):

@@ -283,7 +283,8 @@ class Train(Source):
     # x 1, 1000 / range, 100, 10 / spread; default: task's, or chosen
     reward: Literal["none", "locomotion", "antmaze", "spread"] | None = None
     # make updates faster; short for --train.compile
-    compile: Literal["off", "default", "half", "whole", "cudagraph"] | None = None
+    compile: Literal["off", "default", "half", "whole", "cudagraph",
+                     "whole-cudagraph"] | None = None
     # curves go there as well as to metrics.csv; short for --train.log
     log: Literal["tensorboard", "wandb", "trackio"] | None = None
     episodes: int = 20           # of each policy in the table at the end; 0: no table
