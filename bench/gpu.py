@@ -6,9 +6,10 @@ others. The JSON file is written anew after each, and holds how it ended and, if
     machine    GPU, versions, whether torch.compile works; fastest matrix product and copy
     tests      pytest -m gpu
     updates    one update of the paper's locomotion agent: eager, compiled, recorded as CUDA graphs, with TF32; by the
-               JAX code of BDPO's authors, given a clone of theirs (flow-rl); of five seeds, one after the other and as
-               one program (Fleet)
-    plane      8gaussians at the paper's size to the end (100,000 + 100,000 updates), against the known optimum
+               JAX code of BDPO's authors, given a clone of theirs (flow-rl)
+    seeds      the same for five seeds, one after the other and as one program (Fleet)
+    plane      8gaussians at the paper's size to the end (100,000 + 100,000 updates; less: --share 0.5), against the
+               known optimum
     maze       the preset of `bdpo demo` to the end, on the GPU, and its scoreboard
     chapters   every chapter as Colab's "Run all" does it, its cells for a GPU included (those of the paper's size cut)
 
@@ -53,8 +54,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PEER = Path(__file__).with_name("jax_peer.py")
 # In brackets: parts that run side by side. Seconds each may take of ten minutes.
-TOGETHER = (("machine", "tests"), ("updates",), ("plane", "maze", "chapters"))
-LIMIT = dict(machine=60, tests=120, updates=240, plane=300, maze=300, chapters=300)
+TOGETHER = (("machine", "tests"), ("updates",), ("seeds",), ("plane", "maze", "chapters"))
+LIMIT = dict(machine=60, tests=150, updates=240, seeds=90, plane=300, maze=300, chapters=300)
 OPS = ("pretrain", "critic", "actor", "train")       # those of the JAX peer, too
 FLEET = 5                                            # seeds
 
@@ -110,8 +111,9 @@ def tests(a, keep):
     if a.device == "cpu":
         marked, os.environ["BDPO_LIT_GPU"] = [str(ROOT / "tests" / "test_gpu.py")], "cpu"
     report = Path(a.work) / "tests.xml"
+    side_by_side = ["-n", str(min(6, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     done = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short",
-                           f"--junitxml={report}", *marked], cwd=ROOT)
+                           *side_by_side, f"--junitxml={report}", *marked], cwd=ROOT)
     found = dict(status_of_pytest=done.returncode, tests={})
     for case in ElementTree.parse(report).iter("testcase"):
         fault = next((x for x in case if x.tag in ("failure", "error", "skipped")), None)
@@ -129,34 +131,34 @@ def updates(a, keep):
     ways["whole, recorded"] = dict(mode="whole-cudagraph")
     ways["whole, recorded, TF32"] = dict(mode="whole-cudagraph", tf32=True)
     theirs = {"JAX": "float32", "JAX, TF32": "tensorfloat32"} if a.flowrl else {}
-    several = {f"{FLEET} seeds": dict(seeds=FLEET), f"{FLEET} seeds, recorded": dict(seeds=FLEET, mode="cudagraph"),
-               f"{FLEET} seeds, together": dict(seeds=FLEET, together=True)}
-    # the JAX code waits after each update; `stream` does not
-    contests = (OPS, ways | theirs), (("pretrain", "train", "stream"), {"eager": {}} | several), (("stream",), ways)
-    _race(a, keep, ways | theirs | several, contests)
+    _race(a, keep, ways | theirs, OPS)
 
 
-def _race(a, keep, ways, contests):
-    "Start the contenders, and let some of them make some updates in turn, contest after contest."
+def seeds(a, keep):
+    "Time what trains several seeds on one GPU."
+    _race(a, keep, {"eager": {}, "recorded": dict(mode="cudagraph"), f"{FLEET} seeds": dict(seeds=FLEET),
+                    f"{FLEET} seeds, recorded": dict(seeds=FLEET, mode="cudagraph"),
+                    f"{FLEET} seeds, together": dict(seeds=FLEET, together=True)}, ("pretrain", "train"))
+
+
+def _race(a, keep, ways, ops):
+    "Start the contenders, and let them make updates in turn."
     from bdpo_lit.evidence.benchmark import SIZES, interleave, ratios
     small = a.device == "cpu"
     size = dict(batch=32, steps=3, critics=2, samples=2, width=32) if small else {}
     rounds, patience = (2, 0.05) if small else (5, 0.2)
     found = dict(size=SIZES["locomotion"] | dict(critics=10, samples=10, width=256) | size, rounds=rounds,
-                 contenders={}, missing={}, repeats={}, ratio={}, per_second={})
+                 contenders={}, missing={}, per_second={})
     with ExitStack() as stack:
         workers = _started(a, stack, ways, size, found["missing"])
         found["contenders"] = {name: w.about for name, w in workers.items()}
         keep(found)
-        for ops, names in contests:
-            some = {name: workers[name] for name in names if name in workers}
-            repeats = {op: _enough(workers["eager"], op, patience) for op in ops}
-            for name, by_op in ratios(interleave(some, repeats, rounds), "eager", "wall").items():
-                n = found["contenders"][name].get("seeds", 1)
-                found["ratio"].setdefault(name, {}).update(by_op)
-                found["per_second"].setdefault(name, {}).update({op: n / x["seconds"] for op, x in by_op.items()})
-            found["repeats"] |= repeats
-            keep(found)
+        found["repeats"] = {op: _enough(workers["eager"], op, patience) for op in ops}
+        found["ratio"] = ratios(interleave(workers, found["repeats"], rounds), "eager", "wall")
+        for name, by_op in found["ratio"].items():
+            n = found["contenders"][name].get("seeds", 1)
+            found["per_second"][name] = {op: n / x["seconds"] for op, x in by_op.items()}
+        keep(found)
         for name in [x for x in workers if "JAX" not in x]:     # last: to watch is to disturb
             for what in ("memory", "profile", *(["work"] if name == "eager" else [])):
                 try: found["contenders"][name][what] = workers[name].ask(what)
@@ -199,7 +201,7 @@ def _jax(a, size, precision):
 def _enough(worker, op, patience):
     "How many calls take so many seconds; whole cycles."
     n = max(1, min(500, round(patience / worker.ask(f"{op} 5")["wall"])))
-    return 5 * -(-n // 5) if op in ("train", "stream") else n
+    return 5 * -(-n // 5) if op == "train" else n
 
 
 def serve(device, mode="off", seeds=1, together=False, tf32=False, **size):
@@ -230,7 +232,6 @@ def serve(device, mode="off", seeds=1, together=False, tf32=False, **size):
         op, n = (line.split() + ["1"])[:2]
         try:
             if op in others: tell(others[op]())
-            elif op == "stream": tell(dict(wall=_seconds(ops["train"], device, int(n)), cpu=0.0))
             # as in the JAX peer: wait after every update
             else: tell(dict(wall=sum(_seconds(ops[op], device) for _ in range(int(n))) / int(n), cpu=0.0))
         except Exception as e: tell(dict(error=f"{op}: {e!r}"))
@@ -257,6 +258,9 @@ def plane(a, keep):
     if a.device == "cpu":
         plan = replace(plan, pretrain_steps=60, train_steps=60, batch_size=64, num_points=60_000,
                        algorithm=replace(PRESETS["small"].algorithm, warmup_steps=20))
+    short = {k: round(a.share * getattr(plan, k)) for k in ("pretrain_steps", "train_steps")}
+    decay = dict.fromkeys(("actor_decay_steps", "critic_decay_steps"), short["train_steps"])
+    plan = replace(plan, **short, algorithm=replace(plan.algorithm, **decay))
     bandit = make_bandit("8gaussians", plan.num_points).to(a.device)
     agent = BDPO(1, 2, replace(plan.algorithm, eta=eta), a.device)
     order = torch.Generator(a.device).manual_seed(0)
@@ -364,7 +368,7 @@ def notebook(file, device, into):
     into.write_text(json.dumps(found | dict(whole=True)))
 
 
-PARTS = dict(machine=machine, tests=tests, updates=updates, plane=plane, maze=maze, chapters=chapters)
+PARTS = dict(machine=machine, tests=tests, updates=updates, seeds=seeds, plane=plane, maze=maze, chapters=chapters)
 
 
 # ---- running them
@@ -387,7 +391,7 @@ def run_part(name, a, until):
     if until - start < 5: return dict(status="no time was left")
     into, log = Path(a.work) / f"{name}.json", Path(a.work) / f"{name}.log"
     command = [sys.executable, "-u", __file__, "--part", name, "--into", str(into), "--until", str(until),
-               "--work", a.work, "--device", a.device, "--jax", a.jax]
+               "--work", a.work, "--device", a.device, "--jax", a.jax, "--share", str(a.share)]
     command += ["--flowrl", a.flowrl] if a.flowrl else []
     command += ["--chapters", *a.chapters] if a.chapters else []
     with open(log, "w") as f:
@@ -449,13 +453,12 @@ def provenance(a):
 
 
 def summary(result):
-    "How each part ended, and updates per second."
+    "How each part ended, and updates per second (of all seeds)."
     lines = [f"{name:9s} {x['status']}, {x.get('minutes', 0):.1f} min" for name, x in result.items() if name in PARTS]
-    ops = [*OPS, "stream"]
-    if per_second := result.get("updates", {}).get("per_second"):
-        lines += ["", "updates per second, of all seeds; stream: train without waiting after each",
-                  f"{'':22s}" + "".join(f"{op:>10s}" for op in ops)]
-        lines += [f"{name:22s}" + "".join(f"{x[op]:10.0f}" if op in x else f"{'-':>10s}" for op in ops)
+    for part in ("updates", "seeds"):
+        if not (per_second := result.get(part, {}).get("per_second")): continue
+        lines += ["", f"{'updates per second':22s}" + "".join(f"{op:>10s}" for op in OPS)]
+        lines += [f"{name:22s}" + "".join(f"{x[op]:10.0f}" if op in x else f"{'-':>10s}" for op in OPS)
                   for name, x in per_second.items()]
     return "\n".join(lines)
 
@@ -470,6 +473,7 @@ def options():
     p.add_argument("--flowrl", default=os.environ.get("FLOWRL") or None, metavar="DIR",
                    help="a clone of github.com/typoverflow/flow-rl, v0.2.0: its JAX code is timed as well")
     p.add_argument("--jax", default=sys.executable, metavar="PYTHON", help="one with JAX for the GPU (default: this)")
+    p.add_argument("--share", type=float, default=1.0, help="of the paper's updates, for the plane (default 1)")
     p.add_argument("--chapters", nargs="+", metavar="NAME", help="such as 19_toy2d (default: all; cpu: two)")
     p.add_argument("--wheels", type=Path, metavar="DIR", help="unpack these first, for a machine without network")
     p.add_argument("--fetch", type=Path, metavar="DIR", help="download those wheels, and end")
