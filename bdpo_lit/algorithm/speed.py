@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['UPDATES', 'MODES', 'PlainBDPO', 'synthetic_batch', 'rough', 'gradients', 'ByteCounter', 'work', 'ProductRecorder',
            'products', 'compiler_trouble', 'fused_activate', 'use_activate', 'traced_activate', 'compile_losses',
-           'keep_memory', 'halve_products', 'prepare_for_recording', 'unchanged', 'Recorded', 'accelerate', 'Fleet']
+           'keep_memory', 'halve_products', 'prepare_for_recording', 'unchanged', 'Recorded', 'accelerate',
+           'fitting_mode', 'Fleet']
 
 # %% ../../nbs/algorithm/12_speed.ipynb #10b-003
 import copy
@@ -438,7 +439,7 @@ def _recorded(agent, batch) -> str:
 
 # %% ../../nbs/algorithm/12_speed.ipynb #83c01ced
 def _compile(agent, whole) -> str:
-    "Compile activations, or whole losses, where that is possible; what happened, in words."
+    "Compile activations or whole losses where that is possible; what happened."
     if trouble := compiler_trouble(str(agent.device)):
         use_activate(agent, activate)
         return f"eager: torch.compile does not work here ({trouble})"
@@ -463,6 +464,15 @@ def accelerate(agent: BDPO,        # whose updates to make faster, from now on
         return f"{said}, products in half precision"
     record = mode.endswith("cudagraph")
     return f"{said}, {_recorded(agent, batch)}" if record else said
+
+# %% ../../nbs/algorithm/12_speed.ipynb #86c043ef
+def fitting_mode(agent: BDPO,   # to be accelerated
+                 updates: int,  # that it will make
+                ) -> str:       # "off" on a CPU: there the same bits come first
+    "The mode of a run with `compile=\"auto\"`."
+    if agent.device.type != "cuda" or agent.config.eta == "auto": return "off"
+    long = updates >= 100_000 and agent.config.num_steps <= 10
+    return "whole-cudagraph" if long else "cudagraph"
 
 # %% ../../nbs/algorithm/12_speed.ipynb #10b-037
 class _Losses(nn.Module):

@@ -53,7 +53,7 @@ from tqdm.auto import tqdm
 # %% ../../nbs/offline/16_training.ipynb #56adeaf6
 from ..algorithm.bdpo import BDPO, BDPOConfig, plain, plain_q, plain_time
 from ..algorithm.behavior import GaussianPolicy
-from ..algorithm.speed import MODES, Fleet, accelerate
+from ..algorithm.speed import MODES, Fleet, accelerate, fitting_mode
 from .data import (Batch, DataError, Scaling, Transitions,
                                    episode_returns)
 from .evaluation import (
@@ -78,7 +78,7 @@ class TrainConfig:
     num_actions: int = 10            # candidates per decision
     save_every: int = 50_000         # updates per checkpoint (one more at the end)
     normalize_obs: bool = False      # standardise the observations (off in the paper)
-    compile: str = "off"             # to make it faster: one of `MODES` of chapter 12
+    compile: str = "auto"            # `fitting_mode`, or one of `MODES`: chapter 12
     log: str = "tensorboard"         # "wandb" or "trackio": curves go there as well
 
     def __post_init__(self): _check_plan(self)
@@ -86,7 +86,7 @@ class TrainConfig:
 # %% ../../nbs/offline/16_training.ipynb #90467fa6
 _LEAST = dict(pretrain_steps=0, train_steps=0, batch_size=1, seed=0, log_every=1,
               eval_every=0, eval_episodes=1, num_actions=1, save_every=1)
-_ONE_OF = dict(how=("best", "sample", "softmax"), compile=MODES,
+_ONE_OF = dict(how=("best", "sample", "softmax"), compile=("auto", *MODES),
                log=("tensorboard", "wandb", "trackio"))
 
 # %% ../../nbs/offline/16_training.ipynb #5aab586a
@@ -139,7 +139,9 @@ class Training:
         # what was done to make updates faster, in words; `order` stays as it is
         other = torch.Generator(self.agent.device)
         example = self.data.sample(config.batch_size, other)
-        self.accelerated = accelerate(self.agent, config.compile, example)
+        mode = config.compile if config.compile != "auto" else fitting_mode(
+            self.agent, config.pretrain_steps + config.train_steps)
+        self.accelerated = accelerate(self.agent, mode, example)
 
 # %% ../../nbs/offline/16_training.ipynb #13a9cf44
 @patch
@@ -1156,7 +1158,7 @@ def _check_together(trainings: Sequence[Training]):
         if told != (c, one.algorithm, one.steps):
             raise RunError("runs that train together may differ in seed and directory "
                            "only, and must be equally far")
-    if c.compile != "off":
+    if one.accelerated != "eager":
         raise RunError("runs that train together are not compiled; set compile to "
                        "'off'")
 

@@ -278,12 +278,12 @@ class Train(Source):
     size: Literal["small", "medium", "paper"] | None = None  # of what is chosen
     seed: int | None = None      # of everything; short for --train.seed
     seeds: str | None = None     # several, one run each, and one table: 0,1,2 or 0-4
-    together: bool = False       # several seeds as one program: faster on a GPU
+    together: bool = False       # several seeds as one program: chapter 23 says when
     run_dir: Path | None = None  # where to keep the run; default runs/NAME-SEED
     # x 1, 1000 / range, 100, 10 / spread; default: task's, or chosen
     reward: Literal["none", "locomotion", "antmaze", "spread"] | None = None
     # make updates faster; short for --train.compile
-    compile: Literal["off", "default", "half", "whole", "cudagraph",
+    compile: Literal["auto", "off", "default", "half", "whole", "cudagraph",
                      "whole-cudagraph"] | None = None
     # curves go there as well as to metrics.csv; short for --train.log
     log: Literal["tensorboard", "wandb", "trackio"] | None = None
@@ -547,8 +547,10 @@ def _times(data, scale: float):
 def _config_of(c: Train, seed: int | None):
     "Its `TrainConfig`, as the short options have it. Raises `UsageError`."
     short = dict(seed=c.seed if seed is None else seed, compile=c.compile, log=c.log)
-    try: return replace(c.train, **{k: x for k, x in short.items() if x is not None})
+    try: made = replace(c.train, **{k: x for k, x in short.items() if x is not None})
     except ValueError as e: raise UsageError(str(e)) from None
+    alone = not c.together or made.compile != "auto"
+    return made if alone else replace(made, compile="off")
 
 # %% ../../nbs/reference/30_command_line.ipynb #7ad7d640
 def _chosen(first: Train, words: list[str]) -> Train:
@@ -711,7 +713,7 @@ def _say_speed(run):
 def _say_start(run):
     "Where the run is, and how far it is to go."
     steps, c, a = run.steps, run.config, run.algorithm
-    if c.compile != "off": _say_speed(run)
+    if run.accelerated != "eager": _say_speed(run)
     at = (f"taken up at update {steps['pretrain']} + {steps['train']}"
           if sum(steps.values()) else "new")
     print(f"{run.dir}: {at}, of {c.pretrain_steps} + {c.train_steps}, on "
