@@ -305,7 +305,7 @@ def test_from_the_start_to_the_table(raw, tmp_path, monkeypatch):
     again = {r["seed"]: r["mean"] for r in rows if r["experiment"] == "candidates" and r["num_actions"] == 1
              and r["who"] == "last"}
     assert one == again, "one candidate is one draw"
-    late = [*(r["mean"] for r in rows if (r["variant"], r["step"]) == ("chain", "1"))]
-    gain, low, high, ahead = choices.gains(rows, "coast", "chain", "1", "2")
+    late = [*(r["mean"] for r in rows if (r["variant"], r["step"]) == ("chain", 1))]
+    gain, low, high, ahead = choices.gains(rows, "coast", "chain", 1, 2)
     assert gain == pytest.approx(np.mean(late) - np.mean([*one.values()])) and low <= gain <= high and 0 <= ahead <= 2
     assert json.loads((tmp_path / "coast-base.json").read_text())[0]["unit"] == "return"

@@ -240,5 +240,5 @@ def test_the_stored_table_is_whole():
         for label in (play[0] for m in METHODS.values() for play in m.plays):
             mine = [r for r in rows if (r["set"], r["variant"]) == (name, label)]
             assert [r["seed"] for r in mine] == list(range(5)), (name, label)
-            assert len({r["note"] for r in mine}) == 1 and all(r["episodes"] == "20" for r in mine)
+            assert len({r["note"] for r in mine}) == 1 and all(r["episodes"] == 20 for r in mine)
             assert all(r["commit"] and r["torch"] and r["seconds"] > 0 for r in mine)

@@ -153,6 +153,7 @@ def fitted_q(data: Transitions,   # rewards as the values are wanted
 # %% ../../nbs/evidence/26_ablations.ipynb #d0185392
 def judge_prices(raw: Transitions,        # rewards as recorded
                  runs: Sequence[Sequence[Path]],  # finished runs: a list for each price
+                 steps: int = 4000,       # updates of the judge
                 ) -> list[dict]:  # of a price: episodes, (runs, 20); values, (2, runs)
     "How finished policies did in each episode, and what fitted Q evaluation says."
     agents = [load_agent(path, "cpu") for of in runs for path in of]
@@ -162,7 +163,7 @@ def judge_prices(raw: Transitions,        # rewards as recorded
     draws = torch.Generator().manual_seed(0)
     act = lambda obs: torch.stack([a.act(obs, "sample", generator=draws)
                                    for a in agents])
-    value = fitted_q(data, act, len(agents), gamma).unflatten(1, (len(runs), -1))
+    value = fitted_q(data, act, len(agents), gamma, steps).unflatten(1, (len(runs), -1))
     return [dict(episodes=[_episodes(path, raw) for path in of], value=x.tolist())
             for of, x in zip(runs, value.unbind(1))]
 

@@ -206,8 +206,8 @@ def gradient_noise(agent: BDPO,         # whose `policy_loss`
 # %% ../../nbs/evidence/28_choices.ipynb #c7ef452b
 def gains(rows: Sequence[dict],       # of one table, as `read_results` reads it
           s: str, variant: str,       # set; a key of `VARIANTS`
-          step: str = "6000",         # updates of the variant
-          base_step: str = "6000",    # updates of `base`
+          step: int = 6000,           # updates of the variant
+          base_step: int = 6000,      # updates of `base`
          ) -> tuple[float, float, float, int]:  # mean, its interval, seeds ahead
     "What a variant earns more than `base`, seed by seed; Student's 95 % interval."
     score = {(r["variant"], r["step"], r["seed"]): r["mean"] for r in rows

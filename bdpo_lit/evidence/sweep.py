@@ -403,8 +403,9 @@ def collect(x: Experiment,              # what was to be run
 
 # %% ../../nbs/evidence/25_sweep.ipynb #bb7a811a
 def read_results(path: str | Path) -> list[dict]:
-    "The rows of a table; seeds and results as numbers, None where there is nothing."
-    whole, real = ("seed", "num_actions"), ("mean", "low", "high", "seconds")
+    "The rows of a table; counts and results as numbers, None where there is nothing."
+    whole = "seed", "num_actions", "step", "episodes", "cores", "threads"
+    real = "mean", "low", "high", "success", "seconds"
     kinds = dict.fromkeys(whole, int) | dict.fromkeys(real, float)
     with open(path, encoding="utf-8", newline="") as f:
         return [{k: kinds.get(k, str)(v) if v else None for k, v in row.items()}
