@@ -6,7 +6,7 @@
 __all__ = ['HAND', 'PEER', 'PRETRAIN', 'STEPS', 'BATCH', 'METHODS', 'SETS', 'side_by_side', 'Peer', 'train', 'normal',
            'GaussianClone', 'noise_at', 'IQL', 'IDQL', 'TD3BC', 'DQL', 'DAC', 'FQL', 'Priced', 'gaussian_kl',
            'GaussianBDPO', 'PointBDPO', 'Method', 'World', 'scale_of', 'open_set', 'player', 'judge', 'tune',
-           'five_runs', 'compare_one', 'compare_peers']
+           'tune_price', 'five_runs', 'compare_one', 'compare_peers']
 
 # %% ../../nbs/evidence/27_peers.ipynb #27-004
 import copy
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/evidence/27_peers.ipynb #27-006
 import bdpo_lit
-from ..algorithm.bdpo import Batch, BDPOConfig
+from ..algorithm.bdpo import BDPO, Batch, BDPOConfig
 from ..algorithm.networks import EnsembleMLP, NoiseNet, ema_update
 from ..algorithm.speed import keep_memory
 from .ablations import PENDULUM_ENV_ID, PENDULUM_ID, SWING_UP
@@ -584,6 +584,26 @@ def tune(method: Method, world: World, pretrain: int = PRETRAIN // 3,
             for k, value in enumerate(method.values)]
     return sorted(rows, key=lambda r: -r["mean"])
 
+# %% ../../nbs/evidence/27_peers.ipynb #6e8264a8
+def tune_price(world: World, pretrain: int = PRETRAIN // 3, steps: int = STEPS // 3,
+               prices: Sequence[float] = (HAND.eta, HAND.eta / 4)) -> list[dict]:
+    "As `tune`, of BDPO itself."
+    rows = [_at_price(world, price, pretrain, steps) for price in prices]
+    return sorted(rows, key=lambda r: -r["mean"])
+
+def _at_price(world, price, pretrain, steps):
+    config = replace(HAND, eta=price, warmup_steps=steps // 8)
+    agent = BDPO(world.data.obs_dim, world.data.action_dim, config, seed=100)
+    agent.set_scaling(**vars(world.scaling))
+    order = torch.Generator().manual_seed(100)
+    for k in range(pretrain + steps):
+        if k == pretrain: agent.start_actor()
+        batch = world.data.sample(BATCH, order)
+        (agent.update_behavior if k < pretrain else agent.update)(batch)
+    policy = agent.policy("sample", seed=100)
+    return judge(policy, world.make_env, world.refs, 10, 100) | dict(
+        seed=100, step=steps, knob=price, note=f"knob {price:g}")
+
 # %% ../../nbs/evidence/27_peers.ipynb #27-107
 def five_runs(method: Method, world: World, knob: float,
               seeds: Sequence[int] = range(5), pretrain: int = PRETRAIN,
@@ -600,21 +620,22 @@ def five_runs(method: Method, world: World, knob: float,
 
 # %% ../../nbs/evidence/27_peers.ipynb #27-110
 def compare_one(name: str, label: str) -> list[dict]:
-    "All rows of a method on a set."
-    method, world = METHODS[label], open_set(name)
-    tried = tune(method, world)
-    knob = tried[0]["knob"] if tried else method.values[0]
+    "All rows of a method on a set; of BDPO, which chapter 26 trains, the short runs."
+    method, world = METHODS.get(label), open_set(name)
+    tried = tune(method, world) if method else tune_price(world)
     shared = provenance() | dict(
         set=name, status="finished", env=SETS[name][1], bdpo_lit=bdpo_lit.__version__,
         command="bdpo_lit.evidence.peers.compare_peers()")
-    rows = [dict(experiment="peers") | r for r in five_runs(method, world, knob)]
-    rows += [dict(experiment="tuning", variant=label, name=label) | r for r in tried]
+    rows = [dict(experiment="tuning", variant=label, name=label) | r for r in tried]
+    if method:
+        knob = tried[0]["knob"] if tried else method.values[0]
+        rows += [dict(experiment="peers") | r for r in five_runs(method, world, knob)]
     return [shared | r for r in rows]
 
 # %% ../../nbs/evidence/27_peers.ipynb #27-111
 def compare_peers(out: str | Path = "runs/peers",  # a file for each set and method
                   sets: Sequence[str] = tuple(SETS),
-                  methods: Sequence[str] = tuple(METHODS)) -> list[dict]:
+                  methods: Sequence[str] = (*METHODS, "BDPO")) -> list[dict]:
     "What is not there yet, one after the other; all rows. an hour of CPU for all."
     torch.set_num_threads(1); keep_memory()
     out, found = Path(out), []
