@@ -76,7 +76,7 @@ class Peer(nn.Module):
         knobs = torch.as_tensor(knob, dtype=torch.float32).expand(len(seeds))
         self.register_buffer("knob", knobs[:, None].clone())
         self.net, self.slow, self.adam = nn.ModuleDict(), nn.ModuleDict(), {}
-        for k, (name, make) in enumerate(self.nets().items()):    # a stream for each
+        for k, (name, make) in enumerate(self.nets().items(), 1):    # a stream for each
             self.grow(name, side_by_side(make, [1000 * k + seed for seed in seeds]))
 
 # %% ../../nbs/evidence/27_peers.ipynb #27-022
