@@ -52,7 +52,7 @@ bench: $(READY) ## measure speed, ten minutes (BENCH=--full: an hour); FLOWRL=cl
 	$(BIN)/python bench/run.py $(if $(FLOWRL),--jax .venv-jax/bin/python --flowrl "$(FLOWRL)") $(BENCH)
 
 # The JAX code has an environment of its own, as in bench, but with CUDA. GPU= takes options: make gpu GPU="--parts tests"
-gpu: $(READY) ## all that wants a GPU, ten minutes; FLOWRL=clone-of-flow-rl adds the JAX code
+gpu: $(READY) ## all that wants a GPU, a quarter of an hour; FLOWRL=clone-of-flow-rl adds the JAX code
 	@[ -z "$(FLOWRL)" ] || [ -e .venv-jax-gpu/.ready ] || { $(PYTHON) -m venv .venv-jax-gpu && \
 	.venv-jax-gpu/bin/pip install -qq -r bench/requirements-jax.txt 'jax-cuda12-plugin[with-cuda]==0.5.3' && \
 	touch .venv-jax-gpu/.ready; }

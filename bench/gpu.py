@@ -1,4 +1,4 @@
-"""`make gpu`: all that wants a GPU, in ten minutes.
+"""`make gpu`: all that wants a GPU, in a quarter of an hour.
 
 Parts, the most valuable first; each is a process of its own, so that one may fail, or run out of time, without the
 others. The JSON file is written anew after each, and holds how it ended and, if badly, the end of what it said:
@@ -16,7 +16,7 @@ others. The JSON file is written anew after each, and holds how it ended and, if
 A machine with a GPU, network and Linux needs nothing but:
 
     make gpu                                  # builds .venv/ first; FLOWRL=clone-of-flow-rl adds the JAX code
-    git add bdpo_lit/results/speed_gpu.json   # chapter 23 shows what it finds there
+    git diff bdpo_lit/results/speed_gpu.json  # shown in chapter 23, whose sentences are about an H200
 
 On Colab, with a GPU (Runtime, Change runtime type):
 
@@ -28,7 +28,7 @@ A GPU without network and without our packages, but with torch, matplotlib, scip
     python bench/gpu.py --fetch build/wheels  # elsewhere, on a machine with network
     python bench/gpu.py --wheels build/wheels --flowrl flow-rl --commit $(git describe --always)   # there
 
-Then copy speed_gpu.json from there. Some parts only, or more time for each: --parts tests updates --minutes 15.
+Then copy speed_gpu.json from there. Some parts only, or more time for each: --parts tests updates --minutes 20.
 Try it without a GPU: `python bench/gpu.py --device cpu --minutes 20`, everything at small sizes.
 """
 import argparse
@@ -53,9 +53,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PEER = Path(__file__).with_name("jax_peer.py")
-# In brackets: parts that run side by side. Seconds each may take of ten minutes.
+# In brackets: parts that run side by side. Seconds each may take of fourteen minutes.
 TOGETHER = (("machine", "tests"), ("updates",), ("seeds",), ("plane", "maze", "chapters"))
-LIMIT = dict(machine=60, tests=150, updates=240, seeds=90, plane=300, maze=300, chapters=300)
+LIMIT = dict(machine=60, tests=150, updates=240, seeds=90, plane=360, maze=360, chapters=360)
 OPS = ("pretrain", "critic", "actor", "train")       # those of the JAX peer, too
 FLEET = 5                                            # seeds
 
@@ -299,7 +299,7 @@ def maze(a, keep):
     found = dict(seconds=dict(collect=time.perf_counter() - start))
     envs = vectorize(make_maze_env, 20)
     training = Training(load_minari(MAZE_ID), train, plan.algorithm, envs, Path(a.work) / "maze")
-    found |= dict(said=training.accelerated, device=str(training.agent.device))
+    found |= dict(said=training.accelerate(), device=str(training.agent.device))
     keep(found)
     start = time.perf_counter()
     with closing(training.run()) as made:
@@ -387,7 +387,7 @@ RUNNING = []     # processes of parts
 
 def run_part(name, a, until):
     "A part in a process of its own: what it found, and how it ended."
-    until, start = min(until, time.time() + LIMIT[name] * a.minutes / 10), time.time()
+    until, start = min(until, time.time() + LIMIT[name] * a.minutes / 14), time.time()
     if until - start < 5: return dict(status="no time was left")
     into, log = Path(a.work) / f"{name}.json", Path(a.work) / f"{name}.log"
     command = [sys.executable, "-u", __file__, "--part", name, "--into", str(into), "--until", str(until),
@@ -468,7 +468,7 @@ def options():
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: all parts at small sizes, as a test")
     p.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART",
                    help="which; the others keep what the file has of them")
-    p.add_argument("--minutes", type=float, default=10.0, help="for all parts together (default 10), a share for each")
+    p.add_argument("--minutes", type=float, default=14.0, help="for all parts together (default 14), a share for each")
     p.add_argument("--out", type=Path, help="JSON file (default bdpo_lit/results/speed_gpu.json; cpu: under runs/)")
     p.add_argument("--flowrl", default=os.environ.get("FLOWRL") or None, metavar="DIR",
                    help="a clone of github.com/typoverflow/flow-rl, v0.2.0: its JAX code is timed as well")

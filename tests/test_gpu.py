@@ -21,6 +21,10 @@ only_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="CUDA only")
 QUICK = dict(TINY, warmup_steps=2, actor_every=2, actor_lr=1e-3, critic_decay_steps=20)
 MODES = ("off", "default", "whole", *(pytest.param(x, marks=only_cuda) for x in ("cudagraph", "whole-cudagraph")))
 
+SAYS = {"off": "eager", "default": "activations compiled", "whole": "losses compiled"}
+SAYS |= {"cudagraph": f"{SAYS['default']}, updates recorded as CUDA graphs",
+         "whole-cudagraph": f"{SAYS['whole']}, updates recorded as CUDA graphs"}
+
 
 @pytest.fixture(autouse=True)
 def unchecked(request, monkeypatch):
@@ -51,7 +55,7 @@ def test_every_mode_learns_the_same(mode):
     plain, agent = (BDPO(3, 2, BDPOConfig(**QUICK), DEVICE) for _ in range(2))
     batches = [synthetic_batch(32, 3, 2, seed=s, device=DEVICE) for s in range(8)]
     said = accelerate(agent, mode, batches[0])
-    assert {"off": "eager", "default": "activations compiled", "whole": "losses compiled"}.get(mode, "recorded") in said
+    assert said == SAYS[mode]
     plain.fixed = agent.fixed
     for what in ("update_behavior", "update"):
         for b in batches:
@@ -79,7 +83,7 @@ def test_a_fleet_learns_what_its_agents_would_alone():
 @pytest.mark.parametrize("mode", MODES)
 def test_no_update_waits_for_the_gpu(mode):
     agent, batch = BDPO(3, 2, BDPOConfig(**QUICK), DEVICE), synthetic_batch(32, 3, 2, device=DEVICE)
-    accelerate(agent, mode, batch)
+    assert accelerate(agent, mode, batch) == SAYS[mode]
     agent.fixed = True            # else `lower_values` sorts rows, and waits to learn how many there are
     for _ in range(4): agent.update(batch)
     torch.cuda.set_sync_debug_mode("error")
@@ -102,6 +106,7 @@ def test_a_run_that_is_taken_up_again_ends_as_if_it_had_never_stopped(tmp_path, 
                        compile=mode)
     start = lambda name: Training(data(), plan, BDPOConfig(**QUICK, eta=eta), None, tmp_path / name, resume=True)
     through, stopped = start("through"), start("stopped")
+    assert through.accelerate() == SAYS[mode]
     assert stopped.agent.device.type == stopped.data.obs.device.type == DEVICE
     with closing(through.run()) as updates: list(updates)
     with closing(stopped.run()) as updates:

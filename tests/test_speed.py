@@ -153,7 +153,7 @@ def start(run_dir, **changes):
 @compiles
 def test_a_compiled_run_resumes_to_the_same_bits_and_may_go_on_eager(tmp_path):
     through = start(tmp_path / "through", compile="default")
-    assert through.accelerated == "activations compiled"
+    assert through.accelerate() == "activations compiled"
     list(through.run())
     for updates in (7, 100):
         part = start(tmp_path / "parts", compile="default")
@@ -162,7 +162,7 @@ def test_a_compiled_run_resumes_to_the_same_bits_and_may_go_on_eager(tmp_path):
     metrics = [(tmp_path / name / "metrics.csv").read_text() for name in ("through", "parts")]
     assert metrics[0] == metrics[1] and part.finished
     longer = start(tmp_path / "parts", train_steps=10)                  # the same run without the compiler
-    assert longer.accelerated == "eager" and len(list(longer.run())) == 2
+    assert longer.accelerate() == "eager" and len(list(longer.run())) == 2
 
 
 def test_runs_together_stay_together_when_one_evaluation_fails(tmp_path, monkeypatch):
@@ -258,24 +258,29 @@ def test_half_products_learn_and_stay_in_single_precision():
     assert sum(moved) > len(moved) // 2
 
 
-def test_a_failed_recording_leaves_a_working_agent(monkeypatch):
-    "As far as that can be seen without a GPU."
+@pytest.mark.parametrize("mode, error", [("cudagraph", RuntimeError), ("whole-cudagraph", AssertionError)])
+def test_a_failed_recording_leaves_a_working_agent(mode, error, monkeypatch):
+    "As far as that can be seen without a GPU. A compiler that fails does so when first asked, in the recording."
     def fails(agent, batch):
         agent.fixed = True
         agent._normal(3)
-        raise RuntimeError("operation not permitted when stream is capturing\n...")
+        raise error("operation not permitted when stream is capturing\n...")
+    def broken(*args): raise error
     class Pretended(str): type = "cuda"
     agent, batch = BDPO(3, 2, BDPOConfig(**TINY)), synthetic_batch(16, 3, 2)
     monkeypatch.setattr(speed, "Recorded", fails)
-    monkeypatch.setattr(speed, "compiler_trouble", lambda device: "not tried")
+    monkeypatch.setattr(speed, "compiler_trouble", lambda device: "")
+    monkeypatch.setattr(speed, "fused_activate", broken)
+    monkeypatch.setattr(torch, "compile", lambda f, **how: broken)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     before, agent.device = agent.generator.get_state(), Pretended("cpu")
-    with pytest.raises(ValueError, match="batch is needed"): accelerate(agent, "cudagraph")
-    said = accelerate(agent, "cudagraph", batch)
-    assert said.endswith("nothing recorded (operation not permitted when stream is capturing)")
+    with pytest.raises(ValueError, match="batch is needed"): accelerate(agent, mode)
+    said = accelerate(agent, mode, batch)
+    assert said == "eager: nothing could be recorded (operation not permitted when stream is capturing)"
     assert not agent.fixed and torch.equal(agent.generator.get_state(), before)
+    agent.update_behavior(batch)
     agent.update(batch)
 
 

@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float
 from scipy.signal import lfilter
 from ..algorithm.bdpo import BDPO, BDPOConfig
-from ..algorithm.speed import accelerate, fitting_mode
 from .data import DataError, Transitions, episode_lengths
 from .training import TrainConfig
 
@@ -104,7 +103,6 @@ def update_times(data: Transitions,      # a data set
     algorithm = replace(algorithm, warmup_steps=0)
     agent = BDPO(data.obs_dim, data.action_dim, algorithm, device)
     batch = data.to(device).sample(batch_size, torch.Generator(device).manual_seed(0))
-    accelerate(agent, fitting_mode(agent, 0), batch)        # as the run will be
     first = _time_of(agent.update_behavior, batch, least)
     agent.start_actor()
     return first, _time_of(agent.update, batch, 2 * least)

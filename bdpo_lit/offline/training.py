@@ -135,13 +135,8 @@ class Training:
         self.sums, self.rows = {}, []  # since the last row of metrics; the rows
         self.evaluations, self.warnings = [], []
         self.whole = True              # False while an update is half made
+        self.accelerated = None        # how updates were made faster, in words
         if self.dir is not None: self._open(resume, _identity(data))
-        # what was done to make updates faster, in words; `order` stays as it is
-        other = torch.Generator(self.agent.device)
-        example = self.data.sample(config.batch_size, other)
-        mode = config.compile if config.compile != "auto" else fitting_mode(
-            self.agent, config.pretrain_steps + config.train_steps)
-        self.accelerated = accelerate(self.agent, mode, example)
 
 # %% ../../nbs/offline/16_training.ipynb #13a9cf44
 @patch
@@ -176,6 +171,18 @@ def _seed_streams(self: Training):
     self.order = torch.Generator(self.agent.device).manual_seed(order)
     self.start_seed = int(SeedSequence([seed, 1]).generate_state(1)[0])
 
+# %% ../../nbs/offline/16_training.ipynb #642aa46e
+@patch
+def accelerate(self: Training) -> str:
+    "Make updates faster, once, if there are any to come; what was done, in words."
+    if self.accelerated is None:
+        c, other = self.config, torch.Generator(self.agent.device)   # not `order`
+        total = 0 if self.finished else c.pretrain_steps + c.train_steps
+        mode = fitting_mode(self.agent, total) if c.compile == "auto" else c.compile
+        example = self.data.sample(c.batch_size, other)
+        self.accelerated = accelerate(self.agent, mode if total else "off", example)
+    return self.accelerated
+
 # %% ../../nbs/offline/16_training.ipynb #65916deb
 @patch
 def run(self: Training) -> Iterator[Progress]:
@@ -184,6 +191,7 @@ def run(self: Training) -> Iterator[Progress]:
     if not self.whole:
         raise RunError("an update was interrupted half-way; make a new Training with "
                        "resume=True")
+    self.accelerate()
     c, agent = self.config, self.agent
     phases = (("pretrain", agent.update_behavior, c.pretrain_steps),
               ("train", agent.update, c.train_steps))
@@ -1158,7 +1166,7 @@ def _check_together(trainings: Sequence[Training]):
         if told != (c, one.algorithm, one.steps):
             raise RunError("runs that train together may differ in seed and directory "
                            "only, and must be equally far")
-    if one.accelerated != "eager":
+    if c.compile not in ("off", "auto"):
         raise RunError("runs that train together are not compiled; set compile to "
                        "'off'")
 

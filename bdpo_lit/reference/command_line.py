@@ -547,10 +547,8 @@ def _times(data, scale: float):
 def _config_of(c: Train, seed: int | None):
     "Its `TrainConfig`, as the short options have it. Raises `UsageError`."
     short = dict(seed=c.seed if seed is None else seed, compile=c.compile, log=c.log)
-    try: made = replace(c.train, **{k: x for k, x in short.items() if x is not None})
+    try: return replace(c.train, **{k: x for k, x in short.items() if x is not None})
     except ValueError as e: raise UsageError(str(e)) from None
-    alone = not c.together or made.compile != "auto"
-    return made if alone else replace(made, compile="off")
 
 # %% ../../nbs/reference/30_command_line.ipynb #7ad7d640
 def _chosen(first: Train, words: list[str]) -> Train:
@@ -697,23 +695,24 @@ def _announce(run, c: Train):
           f"{meta['reward_scale']:.4g}; {where}")
     if meta.get("borrowed_scale"): print(_BORROWED)
     for said in data_warnings(d): print(f"warning: {said}")
-    _say_start(run)
+    _say_start(run, c.together)
 
 # %% ../../nbs/reference/30_command_line.ipynb #a64c7486
 _BORROWED = ("scores: 0 and 100 are D4RL's returns of a random and an expert policy of "
              "this robot, not of these data")
 
 # %% ../../nbs/reference/30_command_line.ipynb #8478c50e
-def _say_speed(run):
-    "How the updates are computed."
+def _say_speed(said: str):
+    "How the updates are computed, unless as always."
+    if said == "eager": return
     from bdpo_lit.algorithm.speed import keep_memory
-    print(f"updates: {run.accelerated}" + ", memory kept" * bool(keep_memory()))
+    print(f"updates: {said}" + ", memory kept" * bool(keep_memory()))
 
 # %% ../../nbs/reference/30_command_line.ipynb #ee490dcb
-def _say_start(run):
+def _say_start(run, together):
     "Where the run is, and how far it is to go."
     steps, c, a = run.steps, run.config, run.algorithm
-    if run.accelerated != "eager": _say_speed(run)
+    if not together: _say_speed(run.accelerate())
     at = (f"taken up at update {steps['pretrain']} + {steps['train']}"
           if sum(steps.values()) else "new")
     print(f"{run.dir}: {at}, of {c.pretrain_steps} + {c.train_steps}, on "
