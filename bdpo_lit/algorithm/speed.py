@@ -243,7 +243,7 @@ def traced_activate(norm: nn.Module,             # as `activate`
 LOSSES = "behavior_loss", "upper_loss", "lower_loss", "policy_loss"
 
 def compile_losses(agent: BDPO):
-    "From now on each loss, with its gradient, is one program (compiled when first used)."
+    "From now on each loss, gradient and all, is one program, compiled at first use."
     agent.fixed = True
     for learner in _learners(agent).values():
         for net in (learner.net, learner.target): net.mlp.activate = traced_activate
