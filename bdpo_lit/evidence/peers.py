@@ -584,14 +584,9 @@ def tune(method: Method, world: World, pretrain: int = PRETRAIN // 3,
             for k, value in enumerate(method.values)]
     return sorted(rows, key=lambda r: -r["mean"])
 
-# %% ../../nbs/evidence/27_peers.ipynb #6e8264a8
-def tune_price(world: World, pretrain: int = PRETRAIN // 3, steps: int = STEPS // 3,
-               prices: Sequence[float] = (HAND.eta, HAND.eta / 4)) -> list[dict]:
-    "As `tune`, of BDPO itself."
-    rows = [_at_price(world, price, pretrain, steps) for price in prices]
-    return sorted(rows, key=lambda r: -r["mean"])
-
-def _at_price(world, price, pretrain, steps):
+# %% ../../nbs/evidence/27_peers.ipynb #866fe765
+def _at_price(world: World, price: float, pretrain: int, steps: int) -> dict:
+    "BDPO in a short run with seed 100; a row."
     config = replace(HAND, eta=price, warmup_steps=steps // 8)
     agent = BDPO(world.data.obs_dim, world.data.action_dim, config, seed=100)
     agent.set_scaling(**vars(world.scaling))
@@ -603,6 +598,13 @@ def _at_price(world, price, pretrain, steps):
     policy = agent.policy("sample", seed=100)
     return judge(policy, world.make_env, world.refs, 10, 100) | dict(
         seed=100, step=steps, knob=price, note=f"knob {price:g}")
+
+# %% ../../nbs/evidence/27_peers.ipynb #6e8264a8
+def tune_price(world: World, pretrain: int = PRETRAIN // 3, steps: int = STEPS // 3,
+               prices: Sequence[float] = (HAND.eta, HAND.eta / 4)) -> list[dict]:
+    "As `tune`, of BDPO itself."
+    rows = [_at_price(world, price, pretrain, steps) for price in prices]
+    return sorted(rows, key=lambda r: -r["mean"])
 
 # %% ../../nbs/evidence/27_peers.ipynb #27-107
 def five_runs(method: Method, world: World, knob: float,
