@@ -144,7 +144,7 @@ def test_each_policy_of_each_run_once(home, undisturbed):
     assert len(keys) == len(set(keys)) == 2 * 7
     assert {r["who"] for r in undisturbed} == {"data", "data_best", "behavior", "gaussian", "last"}
     for r in undisturbed:
-        assert r["status"] == "finished" and r["commit"] and r["torch"] and r["python"] and r["threads"] == "1"
+        assert r["status"] == "finished" and r["commit"] and r["torch"] and r["python"] and r["threads"] == 1
         assert f"--algorithm.eta {r['variant'].removeprefix('eta=')} --seed 0" in r["command"]
     board = json.loads((cells(GRID, home / "lines")[0].run_dir / "scoreboard.json").read_text())
     assert [r["mean"] for r in undisturbed[:7]] == [r["mean"] for r in board["rows"]]
