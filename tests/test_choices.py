@@ -12,7 +12,7 @@ from bdpo_lit.algorithm.bdpo import BDPO
 from bdpo_lit.algorithm.critics import lcb, rollout, step_value
 from bdpo_lit.algorithm.speed import Fleet, rough, synthetic_batch
 from bdpo_lit.evidence import choices
-from bdpo_lit.evidence.choices import Careful, ClippedPrice, FrozenClone, OnPolicy, ThroughChain
+from bdpo_lit.evidence.choices import Careful, ClippedPrice, FrozenClone, NarrowSteps, OnPolicy, ThroughChain
 from bdpo_lit.evidence.sweep import read_results, summary
 from bdpo_lit.offline.data import Batch, from_arrays
 from bdpo_lit.offline.own_data import reward_unit
@@ -28,6 +28,7 @@ CONFIG = replace(choices.HAND, actor_hidden=(8,), critic_hidden=(8,), time_dim=4
 def agent(kind, **settings):
     "In float64, with weights that do not depend on the kind."
     one = rough(kind(S, A, replace(CONFIG, **settings)))
+    if kind is NarrowSteps: one.narrow()        # `rough` has made a schedule of its own
     one.draw_float, one._normal = one._normal, lambda *shape: one.draw_float(*shape).double()
     return one
 
@@ -146,6 +147,36 @@ def test_with_a_clip_all_three_prices_change(batch):
     assert all((x - y).abs() > 1e-3 for x, y in zip(ours, theirs))
 
 
+def test_narrow_steps_are_those_of_the_posterior_and_their_price_is_their_kl():
+    one, usual, n = agent(NarrowSteps), agent(BDPO).sched, torch.tensor([1, 2, 3, 4, 5, 5])
+    x, eps, eps_nu = (2 * normal(6, A) + k for k in range(3))
+    mean = lambda e: posterior_mean(x, x0_from_eps(x, e, n, usual), n, usual)
+    var = torch.where(n == 1, usual.beta[n], usual.posterior_var[n])
+    close(one.step_price(x, eps, eps_nu, n), step_kl_from_means(mean(eps), mean(eps_nu), var))
+    close(one.step_price(x, eps, eps_nu, 3)[2:3], one.step_price(x, eps, eps_nu, n)[2:3])
+    close(one.sched.beta[2:], usual.posterior_var[2:])
+    close(one.sched.alpha_bar, usual.alpha_bar)
+
+
+def test_narrow_steps_are_walked_by_critics_actor_and_player_alike(batch):
+    "Critics see the swapped schedule; the policy's actions are those of `ddpm_step` on it."
+    one, x_N, noise = agent(NarrowSteps, clip=None), normal(B, 1, A), normal(5, B, 1, A)
+    found, price = choices.priced_path(one.actor.target, one.behavior.target, batch.obs, x_N, noise, one.sched, None,
+                                       one.step_price)
+    x, total, obs, var = x_N[:, 0], 0.0, batch.obs, one.wide.posterior_var
+    for i, n in enumerate((5, 4, 3, 2, 1)):
+        eps, eps_nu = one.actor.target(obs, x, n), one.behavior.target(obs, x, n)
+        mean = [posterior_mean(x, x0_from_eps(x, e, n, one.wide), n, one.wide) for e in (eps, eps_nu)]
+        total = total + step_kl_from_means(*mean, var[n] if n > 1 else one.wide.beta[1])
+        x = mean[0] + var[n].sqrt() * noise[i, :, 0]
+    close(found[:, 0], x)
+    close(price[:, 0], total)
+    assert one.step_inputs(batch, **one.draw(batch, "actor"))["sched"] is one.sched
+    a, _ = one.look_ahead(batch, x_N, noise)
+    b, _ = agent(BDPO, clip=None).look_ahead(batch, x_N, noise)
+    assert (a - b).abs().max() > 1e-4
+
+
 def test_own_noisy_actions_are_those_of_the_walk(batch):
     one, n, noise = agent(OnPolicy), torch.arange(B) % 5 + 1, normal(B, 3, A)
     eps = one.draw(batch, "actor")["eps"]
@@ -182,7 +213,7 @@ def test_choice_by_the_bound_is_choice_by_the_mean_without_pessimism():
 
 # ---- together, and from the start to the table
 
-@pytest.mark.parametrize("kind", [ThroughChain, ClippedPrice, OnPolicy, choices.HalfProducts])
+@pytest.mark.parametrize("kind", [ThroughChain, ClippedPrice, NarrowSteps, OnPolicy, choices.HalfProducts])
 def test_a_fleet_trains_a_variant_as_it_would_train_alone(kind, batch):
     alone, fleet = ([agent(kind, num_steps=3) for _ in range(2)] for _ in range(2))
     for k, (a, b) in enumerate(zip(alone, fleet)): a.generator.manual_seed(k); b.generator.manual_seed(k)

@@ -82,7 +82,7 @@ def same(rows):
 def test_shipped_experiments():
     shipped = {p.stem: read_experiment(p.stem) for p in EXPERIMENTS.glob("*.toml")}
     assert {k: len(cells(x)) for k, x in shipped.items()} == dict(
-        table1=75, ablate_eta=50, parts=135, minute=4)
+        table1=75, ablate_eta=50, parts=165, minute=4)
     assert [shipped["parts"].variants[f"N={n}"]["algorithm.num_steps"] for n in (2, 10)] == [2, 10]
     assert [cell.set for cell in cells(shipped["table1"])[:15]] == sorted(
         (r["task"] for r in result("paper_table1.csv")), key=list(shipped["table1"].sets).index)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'begin', 'go_on', 'play', 'compare', 'priced_path', 'ThroughChain', 'gradient_noise', 'gains',
-           'FrozenClone', 'ClippedPrice', 'path_prices', 'OnPolicy', 'lower_error', 'HalfProducts', 'Careful',
-           'candidates', 'looks', 'gather']
+           'FrozenClone', 'OtherPrice', 'ClippedPrice', 'path_prices', 'NarrowSteps', 'OnPolicy', 'lower_error',
+           'HalfProducts', 'Careful', 'candidates', 'looks', 'gather']
 
 # %% ../../nbs/evidence/28_choices.ipynb #92c65933
 import json
@@ -116,11 +116,11 @@ def compare(name: str, variant: str,      # of the set; a key of `VARIANTS`
             stops: Sequence[int],         # updates after which to play
             out: Path,                    # folder of the runs
             seeds: Sequence[int] = range(5)):
-    "Train and play one variant (`base`: its clones, too), unless it is there already."
+    "Train and play a variant (where steps differ its clones, too), if it is not there."
     part, refs = out / f"{name}-{variant}.json", scale_of(raw)
     if part.exists(): return
     data, states = _begun(out / f"{name}.pt", raw, seeds)
-    who, rows = ("actor", "behavior")[: 1 + (variant == "base")], []
+    who, rows = ("actor", "behavior")[: 1 + (variant in ("base", "narrow"))], []
     for step, agents, spent in go_on(VARIANTS[variant], states, data, stops, HAND):
         torch.save([a.state_dict() for a in agents],
                    out / f"{name}-{variant}-{step}.pt")
@@ -226,14 +226,11 @@ class FrozenClone(BDPO):
 VARIANTS["frozen"] = FrozenClone
 
 # %% ../../nbs/evidence/28_choices.ipynb #02e3c361
-class ClippedPrice(BDPO):
-    "The price of the steps that are walked: clean actions clipped first, Eq. (28.3)."
+class OtherPrice(BDPO):
+    "Charges `step_price` for a step, wherever a step is charged for."
     def step_price(self, x, eps, eps_nu, n) -> Tensor:
-        "l_n from clipped clean actions; any shape."
-        clean = (x0_from_eps(x, e, n, self.sched) for e in (eps, eps_nu))
-        if (c := self.config.clip) is not None:
-            clean = (x0.clamp(-c, c) for x0 in clean)
-        return step_kl_from_x0(*clean, n, self.sched)
+        "l_n, of any shape, where noises eps and eps_nu are predicted at x = a^n."
+        return step_kl(eps, eps_nu, n, self.sched)
 
     def worth(self, actor: NoiseNet, step: dict) -> tuple[Tensor, Tensor]:
         "As `step_value`, at this price."
@@ -242,9 +239,10 @@ class ClippedPrice(BDPO):
         price = self.step_price(step["x"], actor(*at), step["behavior"](*at), step["n"])
         return value + self.eta * (usual - price), price
 
+
 # %% ../../nbs/evidence/28_choices.ipynb #79b084d1
 @patch
-def lower_loss(self: ClippedPrice, batch, n, eps, noise) -> tuple[Tensor, dict]:
+def lower_loss(self: OtherPrice, batch, n, eps, noise) -> tuple[Tensor, dict]:
     "Eq. (P19) for V_n at this price."
     step = self.step_inputs(batch, n, eps, noise)
     with torch.no_grad(): target, price = self.worth(self.actor.target, step)
@@ -253,14 +251,14 @@ def lower_loss(self: ClippedPrice, batch, n, eps, noise) -> tuple[Tensor, dict]:
 
 # %% ../../nbs/evidence/28_choices.ipynb #bd5bd3ca
 @patch
-def policy_loss(self: ClippedPrice, batch, n, eps, noise) -> tuple[Tensor, dict]:
+def policy_loss(self: OtherPrice, batch, n, eps, noise) -> tuple[Tensor, dict]:
     "Eq. (P16) at this price."
     value, price = self.worth(self.actor.net, self.step_inputs(batch, n, eps, noise))
     return -value.mean(), {"actor/penalty": price.detach().mean()}
 
 # %% ../../nbs/evidence/28_choices.ipynb #899af969
 @patch
-def look_ahead(self: ClippedPrice, batch, x_N, path_noise) -> tuple[Tensor, dict]:
+def look_ahead(self: OtherPrice, batch, x_N, path_noise) -> tuple[Tensor, dict]:
     "Eq. (P13) at this price."
     c = self.config
     with torch.no_grad():
@@ -272,7 +270,18 @@ def look_ahead(self: ClippedPrice, batch, x_N, path_noise) -> tuple[Tensor, dict
                       c.max_q)
     return target, {"q/penalty": price.mean()}
 
+# %% ../../nbs/evidence/28_choices.ipynb #22b9c580
+class ClippedPrice(OtherPrice):
+    "The price of the steps that are walked: clean actions clipped first, Eq. (28.3)."
+    def step_price(self, x, eps, eps_nu, n) -> Tensor:
+        "As `OtherPrice.step_price`."
+        clean = (x0_from_eps(x, e, n, self.sched) for e in (eps, eps_nu))
+        if (c := self.config.clip) is not None:
+            clean = (x0.clamp(-c, c) for x0 in clean)
+        return step_kl_from_x0(*clean, n, self.sched)
+
 VARIANTS["clipped"] = ClippedPrice
+
 
 # %% ../../nbs/evidence/28_choices.ipynb #83aaff9b
 @torch.no_grad()
@@ -286,9 +295,30 @@ def path_prices(agent: BDPO, batch) -> tuple[float, float]:    # nats: as usual,
     return tuple(float(priced_path(*given, price)[1].mean())
                  for price in (None, clipped))
 
+# %% ../../nbs/evidence/28_choices.ipynb #f42ab6bd
+class NarrowSteps(OtherPrice):
+    "Steps of the posterior variance instead of beta_n, at their price, Eq. (28.4)."
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.narrow()
+
+    def narrow(self):
+        "Exchange the schedule's variances, which only steps and prices ask for."
+        self.wide, var = self.sched, self.sched.posterior_var
+        var[1] = self.wide.beta[1]
+        self.sched = replace(self.wide, beta=var)
+
+    def step_price(self, x, eps, eps_nu, n) -> Tensor:
+        "As `OtherPrice.step_price`."
+        factor = self.wide.beta[n] / self.sched.beta[n]
+        return factor * step_kl(eps, eps_nu, n, self.wide)
+
+VARIANTS["narrow"] = NarrowSteps
+
+
 # %% ../../nbs/evidence/28_choices.ipynb #26bd254a
 class OnPolicy(BDPO):
-    "V_n and pi learn at the a^n of pi's own paths, Eq. (28.4)."
+    "V_n and pi learn at the a^n of pi's own paths, Eq. (28.5)."
     def draw(self, batch, what: str) -> dict[str, Tensor]:
         "eps: a^N and the noise of the steps from there."
         draws = super().draw(batch, what)
