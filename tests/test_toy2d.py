@@ -16,6 +16,7 @@ from bdpo_lit.evidence.toy2d import (
     SUMS,
     TASKS,
     Bandit,
+    WavyMLP,
     closeness,
     exact_eps,
     exact_value,
@@ -31,6 +32,7 @@ from bdpo_lit.evidence.toy2d import (
     pretrain,
     pushed,
     run_toy,
+    see_waves,
     sliced_wasserstein,
     toy,
     value_errors,
@@ -210,6 +212,52 @@ def test_every_guide_reaches_a_simple_target():
     for name, within in dict(sums=0.1, contrastive=0.15, chain=0.25).items():
         assert abs(ends[name][0] - 0.5) < within and abs(ends[name][1]) < 0.15, (name, ends[name])
     assert ends["dac"][0] > 0.65                 # the slope of Q at every step is too much of a good thing
+
+
+# ---- waves
+
+@pytest.mark.parametrize("name, which", [("actor", 0), ("v", 1)])
+def test_a_perceptron_that_sees_waves_is_one_on_a_longer_input(name, which):
+    "Eq. (19.5): the same layers on (a, sines, cosines); nothing is left of the waves where their weights are 0."
+    agent = BDPO(1, 2, TINY.algorithm)
+    plain = getattr(agent, name).net.mlp
+    wavy, g = WavyMLP(plain, which, (0.5, 2.0)), torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 7, d, generator=g) for d in plain.in_dims]
+    seen = [torch.cat([x, *(f(w * x) for f in (torch.sin, torch.cos) for w in (0.5, 2.0))], -1) if i == which else x
+            for i, x in enumerate(inputs)]
+    torch.testing.assert_close(wavy(*inputs), bdpo.plain(wavy, *seen), rtol=1e-5, atol=1e-6)
+    first = dict(zip(range(3), wavy.layers[0].weight.detach().split(wavy.in_dims, 1)))
+    first[which] = torch.cat([first[which][:, :2], 0 * first[which][:, 2:]], 1)
+    wavy.layers[0].weight.data = torch.cat(list(first.values()), 1)
+    plain.layers[0].weight.data = torch.cat([w[:, :2] if i == which else w for i, w in first.items()], 1)
+    for layers in ("layers", "norms"):
+        for mine, theirs in zip(list(getattr(plain, layers))[layers == "layers":],
+                                list(getattr(wavy, layers))[layers == "layers":]):
+            mine.load_state_dict(theirs.state_dict())
+    plain.layers[0].bias.data = wavy.layers[0].bias.data
+    plain.head.load_state_dict(wavy.head.state_dict())
+    torch.testing.assert_close(wavy(*inputs), plain(*inputs), rtol=1e-5, atol=1e-6)
+
+
+def test_networks_that_see_waves_start_afresh_by_seed_and_train():
+    one, two, other = (BDPO(1, 2, TINY.algorithm) for _ in range(3))
+    for agent, seed in ((one, 3), (two, 3), (other, 4)): see_waves(agent, (1.0, 2.0), seed)
+    for name in ("behavior", "actor", "q", "v"):
+        mine, theirs, third = (getattr(a, name) for a in (one, two, other))
+        assert same(mine.net, theirs.net) and same(mine.net, mine.target) and not same(mine.net, third.net)
+        assert mine.lr == getattr(BDPO(1, 2, TINY.algorithm), name).lr and mine.updates == 0
+    some = BDPO(1, 2, TINY.algorithm)
+    see_waves(some, (1.0,), names=("behavior", "actor"))
+    assert [type(getattr(some, k).net.mlp) is WavyMLP for k in ("behavior", "actor", "q", "v")] == [True, True, False,
+                                                                                                 False]
+    plan, b = replace(TINY, waves=(1.0, 2.0)), make_bandit("moons", 300)
+    agent = pretrain(b, plan, progress=False)
+    before = copy.deepcopy(agent.behavior.target)
+    improve(agent, b, plan, progress=False)
+    assert not same(before, agent.actor.net) and agent.actor.updates == TINY.train_steps - 2
+    x = torch.randn(5, 2)
+    walked, asked = noise_fn(agent.actor.target)(x, 3), agent.actor.target(torch.zeros(1, 1), x, 3)
+    torch.testing.assert_close(walked, asked.detach(), rtol=1e-5, atol=1e-6)
 
 
 # ---- each way learns what it says, with what it says
@@ -416,7 +464,7 @@ def test_toy_keeps_what_it_made(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("kw, word", [
     (dict(task="torus"), "torus"), (dict(task="moons", eta=0.0), "eta must be positive"),
-    (dict(task="moons", preset="huge"), "small, longer, paper")])
+    (dict(task="moons", preset="huge"), "small, longer, waves, paper")])
 def test_run_refuses(kw, word):
     with pytest.raises(ValueError, match=word): run_toy(**kw)
 
@@ -437,7 +485,7 @@ def as_stored(plan, eta):
 def test_stored_results_were_made_with_the_preset_of_today(name):
     for r in result(f"{name}.json"):
         want = as_stored(PRESETS[r["preset"]], r["eta"])
-        made = r["config"] | dict(algorithm=want["algorithm"] | r["config"]["algorithm"])    # settings that came later
+        made = dict(waves=[]) | r["config"] | dict(algorithm=want["algorithm"] | r["config"]["algorithm"])    # settings that came later
         assert made == want, (r["task"], r["eta"], r["seed"])
         assert name.endswith(r["preset"])
 

@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'LIMIT', 'PRESETS', 'SUMS', 'GRID', 'SNAPSHOTS', 'Bandit', 'make_bandit', 'plane', 'exact_value', 'exact_eps',
            'pushed', 'sliced_wasserstein', 'closeness', 'ToyPreset', 'pretrain', 'improve', 'noise_fn', 'walk',
            'value_errors', 'guide_dac', 'guide_chain', 'guide_contrastive', 'guide_by_sums', 'other_ways', 'run_toy',
-           'landscape', 'toy', 'gather', 'draw_ends', 'closeness_table']
+           'landscape', 'toy', 'gather', 'draw_ends', 'closeness_table', 'WavyMLP', 'see_waves']
 
 # %% ../../nbs/evidence/19_toy2d.ipynb #411be379
 import copy
@@ -31,10 +31,11 @@ from tqdm.auto import trange
 # %% ../../nbs/evidence/19_toy2d.ipynb #18202163
 from ..algorithm.actor import actor_loss, saved_bytes
 from ..algorithm.bdpo import (BDPO, Batch, BDPOConfig, Learner,
-                                     cosine_rate)
+                                     _learner, cosine_rate)
 from ..algorithm.behavior import energy_distance
 from ..algorithm.critics import value_loss
-from ..algorithm.networks import NoiseNet, QNet, VNet
+from ..algorithm.networks import (EnsembleLayerNorm, EnsembleMLP,
+                                         NoiseNet, QNet, VNet)
 from ..theory.diffusion import (Schedule, eps_from_x0, forward_sample,
                                        reverse_path)
 from ..theory.path_kl import path_kl
@@ -320,6 +321,7 @@ class ToyPreset:
     batch_size: int        # points per update
     num_points: int        # size of the data set
     algorithm: BDPOConfig  # eta is set by the caller
+    waves: tuple[float, ...] = ()   # that networks see of the action, Eq. (19.5)
 
 # %% ../../nbs/evidence/19_toy2d.ipynb #4de472b3
 _SMALL = BDPOConfig(rho=0.0, gamma=0.0, num_steps=50, num_critics=1, num_samples=4,
@@ -330,8 +332,10 @@ _SMALL = BDPOConfig(rho=0.0, gamma=0.0, num_steps=50, num_critics=1, num_samples
 _LONGER = replace(_SMALL, actor_decay_steps=11_500, critic_decay_steps=12_000)
 _PAPER = BDPOConfig(rho=0.0, gamma=0.0, num_steps=50, clip=None, warmup_steps=5000,
                     actor_decay_steps=100_000, critic_decay_steps=100_000)
+_WAVES = replace(_SMALL, num_samples=1, actor_decay_steps=7500, critic_decay_steps=8000)
 PRESETS = {"small": ToyPreset(4000, 4000, 256, 200_000, _SMALL),  # minutes on one core
            "longer": ToyPreset(8000, 12_000, 256, 200_000, _LONGER),
+           "waves": ToyPreset(4000, 8000, 1024, 200_000, _WAVES, (1.0, 2.0, 4.0)),
            # Table 3 and the official configuration; for a GPU
            "paper": ToyPreset(100_000, 100_000, 512, 1_000_000, _PAPER)}
 
@@ -344,6 +348,7 @@ def pretrain(bandit: Bandit,         # the data, on the device to train on
             ) -> BDPO:               # an agent that knows nu
     "Fit the behaviour policy."
     agent = BDPO(1, 2, replace(preset.algorithm, eta=eta), bandit.points.device, seed)
+    if preset.waves: see_waves(agent, preset.waves, seed)
     batches = _batches(bandit, preset.batch_size, seed, phase=1)
     bar = dict(desc=f"{bandit.task}: behaviour", disable=not progress)
     for _ in trange(preset.pretrain_steps, **bar):
@@ -632,6 +637,7 @@ def run_toy(task: str,              # a name in `TASKS`
     config = asdict(plan) | dict(algorithm=asdict(agent.config))
     numbers = dict(task=task, eta=eta, seed=seed, preset=preset, closeness=close,
                    value=value_errors(agent, bandit, seed=seed),
+                   nats=_nats(agent, num, seed + 100),
                    pretrain_seconds=pretrained, seconds=seconds, bytes_kept=kept,
                    updates=updates, config=config, provenance=provenance())
     return numbers, _pictures(agent, ends)
@@ -645,6 +651,16 @@ def _measured(ways, agent, bandit, num, seed):
     eta = agent.config.eta
     return ends, {name: closeness(x, bandit, None if name == "behaviour" else eta, seed)
                   for name, x in ends.items()}
+
+# %% ../../nbs/evidence/19_toy2d.ipynb #02265c47
+@torch.no_grad()
+def _nats(agent, num, seed):
+    "What the actor's paths cost, on average."
+    g = torch.Generator(agent.device).manual_seed(seed)
+    x_N = torch.randn(num, 2, generator=g, device=agent.device)
+    actor, nu = noise_fn(agent.actor.target), noise_fn(agent.behavior.target)
+    return path_kl(actor, nu, x_N, agent.sched, generator=g)[0].mean().item()
+
 
 # %% ../../nbs/evidence/19_toy2d.ipynb #08ffc975
 def _bdpo_bytes(agent, bandit, plan):
@@ -770,3 +786,39 @@ def closeness_table(results: list[dict],  # as `run_toy` returns them
     rows = [head, [":--", ":--", ":-:"] + ["--:"] * 6]
     rows += [_row(r, *way) for r in results for way in r["closeness"].items()]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+# %% ../../nbs/evidence/19_toy2d.ipynb #678a6570
+class WavyMLP(EnsembleMLP):
+    "A perceptron that sees waves of one of its inputs as well: Eq. (19.5)."
+    def __init__(self, mlp: EnsembleMLP,     # to be like
+                 which: int,                 # of its inputs
+                 waves: tuple[float, ...]):  # frequencies, radians per unit
+        dims, widths = list(mlp.in_dims), [x.weight.shape[-1] for x in mlp.layers]
+        dims[which] *= 1 + 2 * len(waves)
+        K, _, out_dim = mlp.head.weight.shape
+        normed = isinstance(mlp.norms[0], EnsembleLayerNorm)
+        super().__init__(tuple(dims), tuple(widths), out_dim, K, normed)
+        self.which = which
+        self.register_buffer("waves", torch.tensor(waves), persistent=False)
+
+    def share(self, i: int, x: Tensor) -> Tensor:
+        "As `EnsembleMLP.share`."
+        if i == self.which:
+            angle = (self.waves[:, None] * x.unsqueeze(-2)).flatten(-2)
+            x = torch.cat([x, angle.sin(), angle.cos()], -1)
+        return super().share(i, x)
+
+
+# %% ../../nbs/evidence/19_toy2d.ipynb #b7f03ec9
+def see_waves(agent: BDPO,                # not trained yet
+              waves: tuple[float, ...],   # frequencies, radians per unit
+              seed: int = 0,              # of the fresh weights
+              names: tuple[str, ...] = ("behavior", "actor", "q", "v")):  # of whom
+    "From now on networks of this agent see waves of the action; they start afresh."
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        for name in names:
+            net = copy.deepcopy(getattr(agent, name).net)
+            net.mlp = WavyMLP(net.mlp, int(name in ("q", "v")), waves)
+            setattr(agent, name, _learner(name, net.to(agent.device), agent.config))
+
