@@ -246,6 +246,7 @@ def test_networks_that_see_waves_start_afresh_by_seed_and_train():
         mine, theirs, third = (getattr(a, name) for a in (one, two, other))
         assert same(mine.net, theirs.net) and same(mine.net, mine.target) and not same(mine.net, third.net)
         assert mine.lr == getattr(BDPO(1, 2, TINY.algorithm), name).lr and mine.updates == 0
+        assert mine.net.mlp.in_dims[name in ("q", "v")] == 2 * (1 + 2 * 2)      # where the action goes in
     some = BDPO(1, 2, TINY.algorithm)
     see_waves(some, (1.0,), names=("behavior", "actor"))
     assert [type(getattr(some, k).net.mlp) is WavyMLP for k in ("behavior", "actor", "q", "v")] == [True, True, False,
