@@ -177,6 +177,14 @@ def test_narrow_steps_are_walked_by_critics_actor_and_player_alike(batch):
     assert (a - b).abs().max() > 1e-4
 
 
+def test_what_the_clone_learns_does_not_depend_on_how_it_is_walked(batch):
+    one, two = agent(NarrowSteps), agent(BDPO)
+    for a in (one, two):
+        a.generator.manual_seed(5)
+        for _ in range(3): a.update(batch)
+    assert same(weights(one.behavior), weights(two.behavior)) and not same(weights(one.actor), weights(two.actor))
+
+
 def test_own_noisy_actions_are_those_of_the_walk(batch):
     one, n, noise = agent(OnPolicy), torch.arange(B) % 5 + 1, normal(B, 3, A)
     eps = one.draw(batch, "actor")["eps"]
