@@ -116,7 +116,7 @@ def compare(name: str, variant: str,      # of the set; a key of `VARIANTS`
             stops: Sequence[int],         # updates after which to play
             out: Path,                    # folder of the runs
             seeds: Sequence[int] = range(5)):
-    "Train and play a variant (where steps differ its clones, too), if it is not there."
+    "Train and play a variant, and clones where steps differ, if it is not there."
     part, refs = out / f"{name}-{variant}.json", scale_of(raw)
     if part.exists(): return
     data, states = _begun(out / f"{name}.pt", raw, seeds)
@@ -234,10 +234,10 @@ class OtherPrice(BDPO):
 
     def worth(self, actor: NoiseNet, step: dict) -> tuple[Tensor, Tensor]:
         "As `step_value`, at this price."
-        value, usual = step_value(actor, **step)
+        value, charged = step_value(actor, **step)   # to be paid back
         at = step["obs"], step["x"], step["n"]
         price = self.step_price(step["x"], actor(*at), step["behavior"](*at), step["n"])
-        return value + self.eta * (usual - price), price
+        return value + self.eta * (charged - price), price
 
 
 # %% ../../nbs/evidence/28_choices.ipynb #79b084d1
@@ -303,7 +303,7 @@ class NarrowSteps(OtherPrice):
         self.narrow()
 
     def narrow(self):
-        "Exchange the schedule's variances, which only steps and prices ask for."
+        "Exchange the schedule's variances; `step_kl` with them is not the price."
         self.wide, var = self.sched, self.sched.posterior_var
         var[1] = self.wide.beta[1]
         self.sched = replace(self.wide, beta=var)
