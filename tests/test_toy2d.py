@@ -482,11 +482,12 @@ def as_stored(plan, eta):
     return json.loads(json.dumps(asdict(replace(plan, algorithm=replace(plan.algorithm, eta=eta)))))
 
 
-@pytest.mark.parametrize("name", ["toy2d_small", "toy2d_longer"])
+@pytest.mark.parametrize("name", ["toy2d_small", "toy2d_longer", "toy2d_waves"])
 def test_stored_results_were_made_with_the_preset_of_today(name):
     for r in result(f"{name}.json"):
         want = as_stored(PRESETS[r["preset"]], r["eta"])
-        made = dict(waves=[]) | r["config"] | dict(algorithm=want["algorithm"] | r["config"]["algorithm"])    # settings that came later
+        kept = r["config"]          # settings that came later are at their defaults
+        made = dict(waves=[]) | kept | dict(algorithm=want["algorithm"] | kept["algorithm"])
         assert made == want, (r["task"], r["eta"], r["seed"])
         assert name.endswith(r["preset"])
 
@@ -497,3 +498,7 @@ def test_stored_results_are_complete():
     assert {(t, 0.06, s) for t in TASKS for s in range(3)} <= made
     assert all(r["provenance"]["commit"] and "dirty" not in r["provenance"]["commit"] for r in found)
     assert all("chain" in r["seconds"] for r in found if r["seed"] == 0 and r["eta"] == 0.06)
+    wavy, alone = result("toy2d_waves.json"), result("toy2d_alone.json")
+    assert sorted((r["task"], r["seed"]) for r in wavy) == sorted((t, s) for t in TASKS for s in range(3))
+    assert {(r["preset"], r["seed"]) for r in alone} >= {(p, s) for p in ("waves only", "work only") for s in range(3)}
+    assert {r["provenance"]["commit"] for r in wavy + alone} == {wavy[0]["provenance"]["commit"]}

@@ -944,8 +944,8 @@ class Toy2d(Command):
     task: Positional[str]
     eta: float = 0.06     # regularisation strength
     seed: int = 0         # of everything but the data
-    # minutes on one core, or the paper's configuration (a GPU)
-    preset: Literal["small", "paper"] = "small"
+    # minutes on one core; with networks that see waves; the paper's (a GPU)
+    preset: Literal["small", "waves", "paper"] = "small"
     compare: bool = False             # also train the three other ways to guide
     device: str = "cpu"               # "auto", or as torch names it
     folder: Path = Path("runs/toy2d") # where the results go
