@@ -814,7 +814,7 @@ def see_waves(agent: BDPO,                # not trained yet
               waves: tuple[float, ...],   # frequencies, radians per unit
               seed: int = 0,              # of the fresh weights
               names: tuple[str, ...] = ("behavior", "actor", "q", "v")):  # of whom
-    "From now on networks of this agent see waves of the action; they start afresh."
+    "From now on an agent's networks see waves; their perceptrons start afresh."
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for name in names:
