@@ -239,7 +239,6 @@ class OtherPrice(BDPO):
         price = self.step_price(step["x"], actor(*at), step["behavior"](*at), step["n"])
         return value + self.eta * (charged - price), price
 
-
 # %% ../../nbs/evidence/28_choices.ipynb #79b084d1
 @patch
 def lower_loss(self: OtherPrice, batch, n, eps, noise) -> tuple[Tensor, dict]:
@@ -282,7 +281,6 @@ class ClippedPrice(OtherPrice):
 
 VARIANTS["clipped"] = ClippedPrice
 
-
 # %% ../../nbs/evidence/28_choices.ipynb #83aaff9b
 @torch.no_grad()
 def path_prices(agent: BDPO, batch) -> tuple[float, float]:    # nats: as usual, clipped
@@ -314,7 +312,6 @@ class NarrowSteps(OtherPrice):
         return factor * step_kl(eps, eps_nu, n, self.wide)
 
 VARIANTS["narrow"] = NarrowSteps
-
 
 # %% ../../nbs/evidence/28_choices.ipynb #26bd254a
 class OnPolicy(BDPO):

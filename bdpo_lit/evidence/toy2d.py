@@ -661,7 +661,6 @@ def _nats(agent, num, seed):
     actor, nu = noise_fn(agent.actor.target), noise_fn(agent.behavior.target)
     return path_kl(actor, nu, x_N, agent.sched, generator=g)[0].mean().item()
 
-
 # %% ../../nbs/evidence/19_toy2d.ipynb #08ffc975
 def _bdpo_bytes(agent, bandit, plan):
     "What autograd keeps for the larger of BDPO's gradients: actor's, or critics'."
@@ -808,7 +807,6 @@ class WavyMLP(EnsembleMLP):
             x = torch.cat([x, angle.sin(), angle.cos()], -1)
         return super().share(i, x)
 
-
 # %% ../../nbs/evidence/19_toy2d.ipynb #b7f03ec9
 def see_waves(agent: BDPO,                # not trained yet
               waves: tuple[float, ...],   # frequencies, radians per unit
@@ -821,4 +819,3 @@ def see_waves(agent: BDPO,                # not trained yet
             net = copy.deepcopy(getattr(agent, name).net)
             net.mlp = WavyMLP(net.mlp, int(name in ("q", "v")), waves)
             setattr(agent, name, _learner(name, net.to(agent.device), agent.config))
-
