@@ -247,10 +247,6 @@ def test_networks_that_see_waves_start_afresh_by_seed_and_train():
         assert same(mine.net, theirs.net) and same(mine.net, mine.target) and not same(mine.net, third.net)
         assert mine.lr == getattr(BDPO(1, 2, TINY.algorithm), name).lr and mine.updates == 0
         assert mine.net.mlp.in_dims[name in ("q", "v")] == 2 * (1 + 2 * 2)      # where the action goes in
-    some = BDPO(1, 2, TINY.algorithm)
-    see_waves(some, (1.0,), names=("behavior", "actor"))
-    assert [type(getattr(some, k).net.mlp) is WavyMLP for k in ("behavior", "actor", "q", "v")] == [True, True, False,
-                                                                                                 False]
     plan, b = replace(TINY, waves=(1.0, 2.0)), make_bandit("moons", 300)
     agent = pretrain(b, plan, progress=False)
     before = copy.deepcopy(agent.behavior.target)

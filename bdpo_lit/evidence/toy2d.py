@@ -810,12 +810,11 @@ class WavyMLP(EnsembleMLP):
 # %% ../../nbs/evidence/19_toy2d.ipynb #b7f03ec9
 def see_waves(agent: BDPO,                # not trained yet
               waves: tuple[float, ...],   # frequencies, radians per unit
-              seed: int = 0,              # of the fresh weights
-              names: tuple[str, ...] = ("behavior", "actor", "q", "v")):  # of whom
+              seed: int = 0):             # of the fresh weights
     "From now on an agent's networks see waves; their perceptrons start afresh."
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        for name in names:
+        for name, action_at in dict(behavior=0, actor=0, q=1, v=1).items():
             net = copy.deepcopy(getattr(agent, name).net)
-            net.mlp = WavyMLP(net.mlp, int(name in ("q", "v")), waves)
+            net.mlp = WavyMLP(net.mlp, action_at, waves)
             setattr(agent, name, _learner(name, net.to(agent.device), agent.config))
